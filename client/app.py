@@ -1,0 +1,181 @@
+"""The Flower ClientApp that runs inside a hospital: answers roll call, train and evaluate.
+
+The node's configuration names the site's folder (`client.site`); nothing else about the site comes
+from outside. A task for another configuration than the accepted one is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from flwr.app import Context, Message, RecordDict
+from flwr.app.error import Error
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+
+from client.evaluation import evaluate
+from client.site import Site, load_site
+from client.training import TrainingDiverged, train, use_threads
+from common.config import FederationConfig
+from common.files import write_text_atomically
+from common.messages import (
+    BadMessage,
+    EvaluateTask,
+    SiteCard,
+    SiteReport,
+    SiteUpdate,
+    TrainTask,
+    pack_site_card,
+    pack_site_report,
+    pack_site_update,
+    unpack_evaluate_task,
+    unpack_train_task,
+)
+from common.metrics import summarise
+from common.model import network_for
+from common.weights import BadWeights, check_update, weights_of
+from sites.cache import CacheError
+
+LOG = logging.getLogger("fedbrats")
+app = ClientApp()
+Handler = Callable[[Message, Context], Message]
+
+
+class TaskRefused(RuntimeError):
+    """The site will not do this task; the text is sent to the server."""
+
+
+def answering(handler: Handler) -> Handler:
+    """Turn a failure into an error reply whose text is fit to leave the site.
+
+    The errors below are written for the other side; of any other only the type is sent, because its
+    text may hold paths or data. The whole of it goes to the site's own log.
+    """
+
+    @functools.wraps(handler)
+    def answer(message: Message, context: Context) -> Message:
+        try:
+            return handler(message, context)
+        except (TaskRefused, TrainingDiverged, BadMessage, BadWeights, CacheError) as error:
+            LOG.warning(str(error))
+            reason = str(error)
+        except Exception as error:
+            LOG.exception("the task failed")
+            reason = f"the task failed at the site ({type(error).__name__}); its log says more."
+        code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+        return Message(Error(code=code, reason=reason), reply_to=message)
+
+    return answer
+
+
+@app.query()
+@answering
+def answer_roll_call(message: Message, context: Context) -> Message:
+    site = _site(context)
+    card = SiteCard(
+        site=site.name,
+        trains=site.trains,
+        n_training=len(site.training) if site.trains else 0,
+        n_held_out=len(site.held_out),
+        n_left_out=len(site.left_out),
+        config_fingerprint=site.config.fingerprint(),
+    )
+    return _reply(message, pack_site_card(card))
+
+
+@app.train()
+@answering
+def answer_train(message: Message, context: Context) -> Message:
+    site = _site(context)
+    task = unpack_train_task(message.content)
+    if not site.trains:
+        raise TaskRefused(f"{site.name} only evaluates.")
+    network = _ready_network(site, task)
+    outcome = train(
+        network,
+        site.training,
+        site.config,
+        site=site.name,
+        round_=task.round,
+        learning_rate=task.learning_rate,
+        device=_device(),
+    )
+    update = SiteUpdate(
+        site=site.name,
+        round=task.round,
+        n_training=len(site.training),
+        loss=outcome.loss,
+        seconds=outcome.seconds,
+        samples_per_second=outcome.samples / max(outcome.seconds, 1e-9),
+        weights=weights_of(network),
+    )
+    return _reply(message, pack_site_update(update))
+
+
+@app.evaluate()
+@answering
+def answer_evaluate(message: Message, context: Context) -> Message:
+    site = _site(context)
+    task = unpack_evaluate_task(message.content)
+    network = _ready_network(site, task)
+    begin = time.monotonic()
+    results = evaluate(
+        network,
+        site.held_out,
+        site.config,
+        what=f"round {task.round}, {site.name}: evaluating",
+        surface_distances=task.surface_distances,
+        device=_device(),
+    )
+    # per-subject results stay at the site; only their means leave
+    stage = "final" if task.surface_distances else f"round-{task.round:04d}"
+    path = site.folder / "evaluation" / f"{stage}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_text_atomically(path, json.dumps([asdict(result) for result in results]))
+    seconds = time.monotonic() - begin
+    report = SiteReport(site.name, task.round, seconds, summarise(results))
+    return _reply(message, pack_site_report(report))
+
+
+def _site(context: Context) -> Site:
+    folder = Path(str(context.node_config["site-folder"]))
+    return _load_site(folder, (folder / "site.json").stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _load_site(folder: Path, written: int) -> Site:
+    return load_site(folder)
+
+
+def _ready_network(site: Site, task: TrainTask | EvaluateTask) -> torch.nn.Module:
+    """The process's network with the task's weights; built once, as hospitals may take turns in it."""
+    if task.config_fingerprint != site.config.fingerprint():
+        raise TaskRefused(
+            f"{site.name}: the task is for another configuration than the accepted one."
+        )
+    use_threads(site.config.training)
+    network = _network(site.config)
+    check_update(task.weights, network.state_dict())
+    network.load_state_dict(task.weights)
+    return network
+
+
+@functools.lru_cache(maxsize=1)
+def _network(config: FederationConfig) -> torch.nn.Module:
+    # convolutions over channels-last volumes are the fast ones on CPU and GPU alike
+    return network_for(config).to(_device()).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _reply(message: Message, content: RecordDict) -> Message:
+    return Message(content, reply_to=message)

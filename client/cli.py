@@ -1,0 +1,208 @@
+"""The hospital's command line, `fed-client`.
+
+`check` examines a folder of subjects and says what is wrong with which file. Nothing leaves the
+machine. Heavy imports happen inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.brats import CODINGS, MODALITIES
+from sites.finding import Finding
+
+app = typer.Typer(
+    help="What a hospital runs: look at its own scans. No scan ever leaves the machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+UNUSABLE, USAGE, DEFECT = 1, 2, 70  # exit codes; 70 is sysexits' EX_SOFTWARE
+PIPED_WIDTH = 10_000  # characters; without a terminal nothing is wrapped or cut
+PIPED_SECONDS = 5.0  # between progress lines without a terminal
+
+
+@app.callback()
+def _several_commands() -> None:
+    """Makes typer expect the name of a command even while there is only one."""
+
+
+@app.command()
+def check(
+    data: Annotated[
+        Path, typer.Argument(help="Folder with the subjects, or one subject's folder.")
+    ],
+    site: Annotated[str, typer.Option(help="Name to report; the folder's by default.")] = "",
+    modalities: Annotated[
+        str, typer.Option(help="Comma-separated, those the federation agreed on.")
+    ] = ",".join(MODALITIES),
+    label_coding: Annotated[
+        str, typer.Option(help=f"What labels mean: auto, {', '.join(CODINGS)}.")
+    ] = "auto",
+    no_labels: Annotated[
+        bool, typer.Option("--no-labels", help="Segmentations may be missing (prediction).")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document on standard output.")
+    ] = False,
+) -> None:
+    """Read every file of every subject and list what is wrong with it.
+
+    Exit code 0: every subject is usable. 1: some are not, or there is none. 2: wrong usage.
+    """
+    wanted = _modalities(modalities)
+    if label_coding != "auto" and label_coding not in CODINGS:
+        raise typer.BadParameter(
+            f"{label_coding!r} is not one of auto, {', '.join(CODINGS)}.",
+            param_hint="--label-coding",
+        )
+    if problem := _not_a_folder(data):
+        _complain(f"{data} {problem}; give the folder that holds the subjects.")
+        raise typer.Exit(USAGE)
+
+    from sites.checks import examine, same_patient_twice
+    from sites.subject import discover
+
+    name = site or data.resolve().name
+    discovery = discover(data, modalities=wanted, site=name)
+    findings = list(discovery.findings)
+    digests = []
+    with _progress(len(discovery.subjects)) as step:
+        for subject in discovery.subjects:
+            scan, found = examine(
+                subject,
+                modalities=wanted,
+                coding=label_coding,
+                require_labels=not no_labels,
+                site=name,
+            )
+            findings += found
+            if scan is not None:
+                digests.append((name, subject.id, scan.digest))
+            del scan
+            step()
+    findings += same_patient_twice(digests)
+
+    unusable = sorted({f.subject for f in findings if f.severity == "error" and f.subject})
+    n_subjects = len({s.id for s in discovery.subjects} | set(unusable))
+    summary = {
+        "site": name,
+        "subjects": n_subjects,
+        "usable": n_subjects - len(unusable),
+        "unusable": unusable,
+        "errors": sum(f.severity == "error" for f in findings),
+        "warnings": sum(f.severity == "warning" for f in findings),
+    }
+    if as_json:
+        document = summary | {"findings": [f.as_dict() for f in findings]}
+        print(json.dumps(document, indent=2))
+    else:
+        _print_table(findings)
+        print(
+            f"{_printable(name)}: {n_subjects} subjects, {summary['usable']} usable, "
+            f"{summary['errors']} errors, {summary['warnings']} warnings"
+        )
+    if summary["errors"] or n_subjects == 0:
+        raise typer.Exit(UNUSABLE)
+
+
+def _not_a_folder(path: Path) -> str:
+    try:
+        if path.is_dir():
+            return ""
+        return "is not a folder" if path.exists() else "does not exist"
+    except OSError as error:
+        return f"cannot be opened ({error.strerror})"
+
+
+def _modalities(text: str) -> tuple[str, ...]:
+    """The modalities named in `text`, in the system's order."""
+    names = {part.strip().lower() for part in text.split(",") if part.strip()}
+    for name in sorted(names - set(MODALITIES)):
+        near = get_close_matches(name, MODALITIES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        message = f"{name!r} is not one of {', '.join(MODALITIES)}{hint}"
+        raise typer.BadParameter(message, param_hint="--modalities")
+    if not names:
+        raise typer.BadParameter("name at least one modality.", param_hint="--modalities")
+    return tuple(m for m in MODALITIES if m in names)
+
+
+def _print_table(findings: Sequence[Finding]) -> None:
+    if not findings:
+        return
+    from rich.box import ASCII2, ROUNDED
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    terminal = sys.stdout.isatty()
+    console = Console(width=None if terminal else PIPED_WIDTH, highlight=False)
+    table = Table(box=ROUNDED if terminal else ASCII2, show_lines=terminal)
+    for heading in ("site", "subject", "file", "severity", "what", "what to do"):
+        table.add_column(heading, overflow="fold", no_wrap=not terminal)
+    for finding in sorted(findings, key=lambda f: (f.severity, f.subject, f.file)):
+        colour = "red" if finding.severity == "error" else "yellow"
+        table.add_row(
+            *(Text(_printable(t)) for t in (finding.site, finding.subject, finding.file)),
+            Text(finding.severity, style=colour),
+            *(Text(_printable(t)) for t in (finding.what, finding.remedy)),
+        )
+    console.print(table)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    """A function to call after each subject; a bar on a terminal, now and then a line elsewhere.
+    Both on standard error, as standard output holds the result."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        columns = ("checking", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda: bar.advance(task)
+        return
+
+    done, last = 0, time.monotonic()
+
+    def step() -> None:
+        nonlocal done, last
+        done += 1
+        if time.monotonic() - last >= PIPED_SECONDS:
+            last = time.monotonic()
+            print(f"checked {done} of {total} subjects", file=sys.stderr, flush=True)
+
+    yield step
+
+
+def _printable(text: str) -> str:
+    """`text` without control characters and half-decoded bytes, which file names may hold."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _complain(message: str) -> None:
+    print(f"fed-client: {_printable(message)}", file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point. A defect in the program is one line, without data, and exit code 70."""
+    try:
+        app()
+    except Exception as defect:
+        where = traceback.extract_tb(defect.__traceback__)[-1]
+        place = f"{Path(where.filename).name}:{where.lineno}"
+        _complain(f"internal error ({type(defect).__name__} at {place}); please report it.")
+        sys.exit(DEFECT)

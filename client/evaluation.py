@@ -1,0 +1,91 @@
+"""A model on a site's held-out subjects: labels in the subject's own voxels, and metrics against them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from common.config import FederationConfig
+from common.loss import dice_focal_loss
+from common.metrics import SubjectMetrics, subject_metrics
+from common.network import segment
+from common.precision import autocast, autocast_dtype
+from common.progress import track
+from sites.cache import CachedSubject
+from sites.preprocess import Geometry, restore
+
+OVERLAP = 0.5  # of neighbouring windows, the usual choice for BraTS
+
+
+@torch.no_grad()
+def class_scores(
+    network: torch.nn.Module, image: np.ndarray, config: FederationConfig, device: torch.device
+) -> torch.Tensor:
+    """Logits (4, X, Y, Z) in fp32 for one working-grid image (C, X, Y, Z), on `device`.
+
+    Patch-trained networks slide over the image with Gaussian weighting; the others see all of it.
+    """
+    network.eval()
+    dtype = autocast_dtype(config.training.precision, device)
+    tensor = torch.from_numpy(np.asarray(image, np.float32))[None].to(device)
+
+    def forward(batch: torch.Tensor) -> torch.Tensor:
+        with autocast(device, dtype):
+            logits, _ = segment(network, batch.contiguous(memory_format=torch.channels_last_3d))
+        return logits.float()
+
+    if config.preprocess.mode == "resample":
+        return forward(tensor)[0]
+    from monai.inferers import sliding_window_inference
+
+    scores = sliding_window_inference(
+        tensor, config.training.patch, 1, forward, overlap=OVERLAP, mode="gaussian"
+    )
+    assert isinstance(scores, torch.Tensor)
+    return scores[0]
+
+
+def predict(
+    network: torch.nn.Module,
+    image: np.ndarray,
+    geometry: Geometry,
+    config: FederationConfig,
+    device: torch.device,
+) -> np.ndarray:
+    """uint8 system labels in the subject's own RAS voxels, inside `geometry.truth_box`."""
+    return restore(class_scores(network, image, config, device), geometry)
+
+
+def evaluate(
+    network: torch.nn.Module,
+    subjects: Sequence[CachedSubject],
+    config: FederationConfig,
+    *,
+    what: str,
+    surface_distances: bool,
+    device: torch.device,
+) -> list[SubjectMetrics]:
+    """Metrics of every subject on its own grid; the loss is that of the working grid."""
+    results = []
+    for subject in track(subjects, what, len(subjects), "subjects"):
+        scores = class_scores(network, subject.image(), config, device)
+        labels = torch.from_numpy(np.array(subject.labels()))[None].to(device)
+        loss = float(dice_focal_loss(scores[None], labels, **config.loss.model_dump()))
+        truth = np.asarray(subject.truth())
+        geometry = subject.geometry
+        results.append(
+            subject_metrics(
+                subject.id,
+                restore(scores, geometry),
+                truth,
+                outside=math.prod(geometry.shape) - truth.size,
+                spacing=geometry.spacing,
+                diagonal_mm=geometry.diagonal_mm,
+                surface_distances=surface_distances,
+                loss=loss,
+            )
+        )
+    return results

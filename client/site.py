@@ -1,0 +1,74 @@
+"""A site's own folder: what its client knows before any task arrives.
+
+`site.json` lists the prepared subjects by their cache entries, divided into training and held-out,
+and who was left out and why; `federation.yaml` beside it is the configuration the site accepted.
+Both stay at the site.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.config import FederationConfig, load_config
+from common.files import write_text_atomically
+from sites.cache import CachedSubject, load_entry
+from sites.finding import Finding
+
+
+@dataclass(frozen=True)
+class Site:
+    """`left_out` maps a subject that cannot be used to the reason."""
+
+    name: str
+    folder: Path
+    trains: bool
+    config: FederationConfig
+    training: tuple[CachedSubject, ...]
+    held_out: tuple[CachedSubject, ...]
+    left_out: dict[str, str]
+
+
+def write_site(
+    folder: Path,
+    *,
+    name: str,
+    trains: bool,
+    config_text: str,
+    training: Sequence[CachedSubject],
+    held_out: Sequence[CachedSubject],
+    findings: Sequence[Finding],
+) -> None:
+    """Write `site.json` and `federation.yaml` for `load_site`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = {
+        "site": name,
+        "trains": trains,
+        "training": {entry.id: str(entry.folder) for entry in training},
+        "held_out": {entry.id: str(entry.folder) for entry in held_out},
+        "left_out": {f.subject: f.what for f in findings if f.severity == "error"},
+        "findings": [finding.as_dict() for finding in findings],
+    }
+    write_text_atomically(folder / "federation.yaml", config_text)
+    write_text_atomically(folder / "site.json", json.dumps(manifest, indent=1))
+
+
+def load_site(folder: Path) -> Site:
+    """Read what `write_site` wrote.
+
+    Raises:
+        CacheError: a listed subject is no longer in the cache.
+        ConfigError: the accepted configuration cannot be read.
+    """
+    manifest = json.loads((folder / "site.json").read_text(encoding="utf-8"))
+    return Site(
+        name=manifest["site"],
+        folder=folder,
+        trains=manifest["trains"],
+        config=load_config(folder / "federation.yaml"),
+        training=tuple(load_entry(Path(p)) for p in manifest["training"].values()),
+        held_out=tuple(load_entry(Path(p)) for p in manifest["held_out"].values()),
+        left_out=manifest["left_out"],
+    )

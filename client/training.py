@@ -1,0 +1,167 @@
+"""One site's local training: some epochs of Adam over its own subjects, starting from the global weights.
+
+The optimiser starts anew each round, so a round depends on nothing but the global weights, the
+site's data and the seed; on a CPU with a fixed number of threads two runs agree to the last bit.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from common.config import FederationConfig, Training
+from common.loss import dice_focal_loss
+from common.network import segment
+from common.precision import autocast, autocast_dtype
+from common.progress import track
+from common.seeds import derive_seed
+from sites.augment import augment
+from sites.cache import CachedSubject
+
+TUMOUR_CENTRED = (
+    0.5  # share of patches that hold tumour for certain, as in nnU-Net (about 1/3 there)
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`loss` is the mean over training samples; a sample is one subject's volume or patch."""
+
+    loss: float
+    steps: int
+    samples: int
+    seconds: float
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss became infinite or not a number; the update must not be sent."""
+
+
+def train(
+    network: torch.nn.Module,
+    subjects: Sequence[CachedSubject],
+    config: FederationConfig,
+    *,
+    site: str,
+    round_: int,
+    learning_rate: float,
+    device: torch.device,
+) -> Outcome:
+    """Train `network` in place.
+
+    Raises:
+        TrainingDiverged: the loss is not finite; the text says at which step.
+    """
+    t = config.training
+    dtype = autocast_dtype(t.precision, device)
+    torch.manual_seed(derive_seed(config.seed, "torch", site, round_))  # the VAE's latent noise
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, "augment", site, round_))
+    order = np.random.default_rng(derive_seed(config.seed, "order", site, round_))
+    optimiser = torch.optim.Adam(network.parameters(), lr=learning_rate)
+    network.train()
+    samples = _samples(len(subjects), config)
+    steps = math.ceil(samples / t.batch_size) * t.epochs
+    total = torch.zeros((), device=device)
+    begin = time.monotonic()
+    batches = _batches(subjects, config, order)
+    for step, (images, labels) in enumerate(
+        track(batches, f"round {round_}, {site}: training", steps, "batches"), start=1
+    ):
+        images, labels = images.to(device), labels.to(device)
+        images, labels = _augmented(images, labels, t, generator)
+        with autocast(device, dtype):
+            logits, auxiliary = segment(
+                network, images.contiguous(memory_format=torch.channels_last_3d)
+            )
+        loss = dice_focal_loss(logits, labels, **config.loss.model_dump())
+        total += loss.detach() * len(images)
+        optimiser.zero_grad(set_to_none=True)
+        (loss if auxiliary is None else loss + auxiliary).backward()
+        if t.gradient_clip is not None:
+            torch.nn.utils.clip_grad_norm_(network.parameters(), t.gradient_clip)
+        optimiser.step()
+        if not math.isfinite(float(total)):
+            raise TrainingDiverged(
+                f"{site}: the loss was not finite at step {step} of {steps} in round {round_}; "
+                "lower training.learning_rate or set training.precision to fp32."
+            )
+    count = samples * t.epochs
+    return Outcome(float(total) / count, steps, count, time.monotonic() - begin)
+
+
+def use_threads(training: Training) -> None:
+    """Fix the number of CPU threads, on which the last bits of every sum depend."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(training.threads or available or 1)
+
+
+def _samples(subjects: int, config: FederationConfig) -> int:
+    """Training samples of one epoch."""
+    patches = config.preprocess.mode == "patches"
+    return subjects * (config.training.patches_per_subject if patches else 1)
+
+
+def _batches(
+    subjects: Sequence[CachedSubject], config: FederationConfig, order: np.random.Generator
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Images (B, C, X, Y, Z) float32 and labels (B, X, Y, Z) uint8, every subject equally often."""
+    size = config.training.batch_size
+    count = _samples(len(subjects), config)
+    for _ in range(config.training.epochs):
+        sequence = order.permutation(count) % len(subjects)
+        for start in range(0, count, size):
+            pairs = [
+                _sample(subjects[index], config, order) for index in sequence[start : start + size]
+            ]
+            images, labels = zip(*pairs, strict=True)
+            yield torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels))
+
+
+def _sample(
+    subject: CachedSubject, config: FederationConfig, order: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    image, labels = subject.image(), subject.labels()
+    if config.preprocess.mode == "patches":
+        return _patch(image, labels, config.training.patch, order)
+    return np.asarray(image, np.float32), np.asarray(labels)
+
+
+def _patch(
+    image: np.ndarray,
+    labels: np.ndarray,
+    size: tuple[int, int, int],
+    order: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A random patch, by even chance around a random tumour voxel; padded with zeros if too small."""
+    shape = labels.shape
+    # both draws are always made, so that what follows does not depend on the labels
+    about_tumour, where = order.random() < TUMOUR_CENTRED, order.random(4)
+    starts = [int(u * (max(n - p, 0) + 1)) for u, n, p in zip(where[:3], shape, size, strict=True)]
+    if about_tumour:
+        tumour = np.flatnonzero(labels)
+        if tumour.size:
+            voxel = np.unravel_index(tumour[int(where[3] * tumour.size)], shape)
+            starts = [
+                int(np.clip(v - p // 2, 0, max(n - p, 0)))
+                for v, n, p in zip(voxel, shape, size, strict=True)
+            ]
+    x, y, z = (slice(s, s + p) for s, p in zip(starts, size, strict=True))
+    inside = labels[x, y, z]
+    fits = tuple(slice(0, n) for n in inside.shape)
+    patch = np.zeros((image.shape[0], *size), np.float32)
+    patch[(slice(None), *fits)] = image[:, x, y, z]
+    patch_labels = np.zeros(size, np.uint8)
+    patch_labels[fits] = inside
+    return patch, patch_labels
+
+
+def _augmented(
+    images: torch.Tensor, labels: torch.Tensor, training: Training, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return augment(images, labels, generator=generator, **training.augment.model_dump())

@@ -1,0 +1,87 @@
+"""A model's weights as a plain dict of name -> CPU tensor, at rest as safetensors (never pickle)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from common.files import write_atomically
+
+Weights = dict[str, torch.Tensor]
+
+
+class BadWeights(ValueError):
+    """A weights file or an update does not fit; the text says which tensor and why."""
+
+
+def weights_of(network: torch.nn.Module) -> Weights:
+    """A copy of the network's parameters and buffers on the CPU, in the ordinary memory layout."""
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in network.state_dict().items()
+    }
+
+
+def save_weights(
+    path: Path, weights: Mapping[str, torch.Tensor], about: Mapping[str, object]
+) -> str:
+    """Write atomically; returns the file's sha256 (hex). `about` is stored beside the tensors."""
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    metadata = {"fedbrats": json.dumps(about, sort_keys=True)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    return file_sha256(path)
+
+
+def load_weights(path: Path) -> tuple[Weights, dict[str, object]]:
+    """The tensors and the `about` of `save_weights`.
+
+    Raises:
+        BadWeights: the file is missing, damaged or not a weights file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise BadWeights(
+            f"{path}: is not a readable safetensors file ({type(error).__name__})."
+        ) from error
+    return weights, json.loads(metadata.get("fedbrats", "{}"))
+
+
+def check_update(update: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor]) -> None:
+    """Refuse an update that cannot be averaged into `model`.
+
+    Raises:
+        BadWeights: names, shapes or types differ, or a value is not finite; the text says where.
+    """
+    missing, extra = model.keys() - update.keys(), update.keys() - model.keys()
+    if missing or extra:
+        wrong = ", ".join(sorted(missing)[:3] or sorted(extra)[:3])
+        raise BadWeights(
+            f"the update lacks {len(missing)} and adds {len(extra)} tensors ({wrong}, ...)."
+        )
+    for name, tensor in model.items():
+        got = update[name]
+        if got.shape != tensor.shape or got.dtype != tensor.dtype:
+            raise BadWeights(
+                f"tensor {name} is {got.dtype} {tuple(got.shape)}, "
+                f"expected {tensor.dtype} {tuple(tensor.shape)}."
+            )
+        if not bool(torch.isfinite(got).all()):
+            raise BadWeights(f"tensor {name} holds values that are not finite.")
+
+
+def byte_count(weights: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

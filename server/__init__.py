@@ -1,0 +1,1 @@
+"""What the coordinator runs. Imports `common`, never `client` or `sites`."""

@@ -1,0 +1,28 @@
+"""The Flower ServerApp: runs the rounds of the federation whose run folder its configuration names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from common.config import load_config
+from common.console import standard_output
+from server.checkpoint import RunFolder
+from server.history import RoundRecord
+from server.rounds import run_rounds
+from server.tables import round_table
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """`run-folder` in the run configuration holds `federation.yaml` and receives everything else."""
+    folder = RunFolder(Path(str(context.run_config["run-folder"])))
+    run_rounds(grid, load_config(folder.config), folder, _print_round)
+
+
+def _print_round(record: RoundRecord) -> None:
+    standard_output().print(round_table(record))

@@ -1,0 +1,46 @@
+"""Sending one message to each of several nodes and taking the answers in a fixed order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from common.messages import BadMessage
+
+POLL_SECONDS = 0.05
+Answer = TypeVar("Answer")
+Key = TypeVar("Key")
+
+
+def answers(
+    grid: Grid,
+    messages: Mapping[Key, Message],
+    unpack: Callable[[RecordDict], Answer],
+) -> Iterator[tuple[Key, Answer | str]]:
+    """Send all messages, then yield each answer in turn: unpacked, or the reason there is none."""
+    sent = {
+        key: next(iter(grid.push_messages([message])), None) for key, message in messages.items()
+    }
+    for key, message_id in sent.items():
+        if message_id is None:
+            yield key, "the message could not be sent."
+            continue
+        reply = _await(grid, message_id)
+        if reply.has_error():
+            yield key, reply.error.reason
+            continue
+        try:
+            yield key, unpack(reply.content)
+        except BadMessage as error:
+            yield key, f"its reply cannot be used: {error}"
+
+
+def _await(grid: Grid, message_id: str) -> Message:
+    while True:
+        for reply in grid.pull_messages([message_id]):
+            return reply
+        time.sleep(POLL_SECONDS)

@@ -1,0 +1,79 @@
+"""Who takes part: the roll call before the first round, and the check that a resumed run has the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from common.config import FederationConfig
+from common.messages import SiteCard, unpack_site_card
+from server.exchange import answers
+from server.history import History
+
+
+class FederationFailed(RuntimeError):
+    """The federation cannot go on; the text names the sites and the reasons."""
+
+
+@dataclass(frozen=True)
+class Roll:
+    """Who takes part: the sites' cards and Flower node ids, both by site name in sorted order."""
+
+    cards: dict[str, SiteCard]
+    nodes: dict[str, int]
+
+    @property
+    def training(self) -> list[str]:
+        return [site for site, card in self.cards.items() if card.trains]
+
+    @property
+    def evaluating(self) -> list[str]:
+        return [site for site, card in self.cards.items() if card.n_held_out > 0]
+
+
+def call_roll(grid: Grid, config: FederationConfig) -> Roll:
+    """Ask every connected node who it is.
+
+    Raises:
+        FederationFailed: a site does not answer, two have one name, a configuration differs, no
+            site trains or none holds out a subject.
+    """
+    cards: dict[str, SiteCard] = {}
+    nodes: dict[str, int] = {}
+    problems: list[str] = []
+    messages = {n: Message(RecordDict(), n, MessageType.QUERY) for n in grid.get_node_ids()}
+    for node, card in answers(grid, messages, unpack_site_card):
+        if isinstance(card, str):
+            problems.append(f"node {node}: {card}")
+        elif card.site in cards:
+            problems.append(f"two nodes say that they are site {card.site}.")
+        elif card.config_fingerprint != config.fingerprint():
+            problems.append(f"{card.site}: holds another configuration than the server.")
+        else:
+            cards[card.site], nodes[card.site] = card, node
+    if problems:
+        raise FederationFailed("Roll call failed:\n" + "\n".join(problems))
+    roll = Roll(dict(sorted(cards.items())), nodes)
+    needed = config.rounds.min_sites or 1
+    if len(roll.training) < needed:
+        raise FederationFailed(f"{len(roll.training)} sites can train, {needed} are needed.")
+    if not roll.evaluating:
+        raise FederationFailed(
+            "No site holds out a subject, so nothing could be measured: "
+            "raise held_out_fraction, change the seed, or add subjects."
+        )
+    return roll
+
+
+def same_sites(history: History, roll: Roll) -> None:
+    before = {card.site: (card.trains, card.n_training) for card in history.sites()}
+    now = {card.site: (card.trains, card.n_training) for card in roll.cards.values()}
+    if before and before != now:
+        changed = sorted(s for s in before.keys() | now.keys() if before.get(s) != now.get(s))
+        raise FederationFailed(
+            f"The run began with other sites or subjects; changed: {', '.join(changed)}. "
+            "Restore them, or start a new run in another folder."
+        )
+    history.record_sites(list(roll.cards.values()))

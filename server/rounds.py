@@ -1,0 +1,243 @@
+"""The rounds of a federation: roll call, then train, average, evaluate, record, until done.
+
+Works over any Flower `Grid`. Replies are taken in the order of site names, one at a time, so that
+the result does not depend on who was fast and memory not on how many they are. A round counts only
+if enough sites gave a good reply; otherwise the run fails and says who is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flwr.app import Message, MessageType
+from flwr.serverapp import Grid
+
+from common.config import FederationConfig
+from common.messages import (
+    EvaluateTask,
+    SiteCard,
+    SiteUpdate,
+    TrainTask,
+    pack_evaluate_task,
+    pack_train_task,
+    unpack_site_report,
+    unpack_site_update,
+)
+from common.metrics import SiteMetrics
+from common.model import initial_weights
+from common.weights import BadWeights, Weights, byte_count, check_update, save_weights
+from server.average import WeightedSum, add, mean
+from server.checkpoint import RunFolder, load_checkpoint, prune_checkpoints, save_checkpoint
+from server.exchange import answers
+from server.history import Contribution, History, RoundRecord
+from server.roll_call import FederationFailed, Roll, call_roll, same_sites
+from server.schedule import learning_rate, should_stop
+
+LOG = logging.getLogger("fedbrats")
+
+
+def run_rounds(
+    grid: Grid,
+    config: FederationConfig,
+    folder: RunFolder,
+    on_round: Callable[[RoundRecord], None] = lambda record: None,
+) -> None:
+    """Train until the configured rounds are done or the validation loss says stop.
+
+    Continues after the last complete round that `folder` holds, with the same result as a run that
+    was never interrupted. At the end writes the best models and their metrics with HD95.
+
+    Raises:
+        FederationFailed: sites are missing or disagree, or a round had too few good replies.
+        BadWeights: the checkpoint to continue from is damaged.
+    """
+    roll = call_roll(grid, config)
+    with History(folder.history) as history:
+        same_sites(history, roll)
+        done = history.rounds()
+        if done:
+            weights = load_checkpoint(folder, done[-1].round, done[-1].sha256)
+            LOG.info(f"continuing after round {done[-1].round}")
+        else:
+            weights = initial_weights(config)
+        losses = [record.loss for record in done]
+        while len(done) < config.rounds.number and not should_stop(losses, config.rounds):
+            rate = learning_rate(config.training.learning_rate, losses, config.rounds)
+            number = len(done) + 1
+            try:
+                weights, record = _one_round(grid, config, folder, roll, number, rate, weights)
+            except _TooFew as few:
+                history.record_failure(number, few.reasons)
+                raise FederationFailed(few.text()) from None
+            history.record_round(record)
+            done.append(record)
+            losses.append(record.loss)
+            best_mean, best_worst = best_rounds(done)
+            prune_checkpoints(folder, {number, best_mean.round, best_worst.round})
+            on_round(record)
+        if history.final() is None:
+            _finish(grid, config, folder, roll, history, done)
+
+
+def best_rounds(records: list[RoundRecord]) -> tuple[RoundRecord, RoundRecord]:
+    """The first round with the highest mean Dice over sites, and with the highest worst-site Dice."""
+    return max(records, key=lambda r: r.mean_dice), max(records, key=lambda r: r.worst[1])
+
+
+@dataclass
+class _TooFew(Exception):
+    round: int
+    stage: str
+    needed: int
+    good: int
+    reasons: dict[str, str]
+
+    def text(self) -> str:
+        sites = "".join(f"  {site}: {reason}\n" for site, reason in self.reasons.items())
+        return (
+            f"Round {self.round} failed: {self.good} sites could {self.stage}, "
+            f"{self.needed} are needed.\n{sites}"
+            "The rounds before it are kept; the same command continues after them."
+        )
+
+
+def _one_round(
+    grid: Grid,
+    config: FederationConfig,
+    folder: RunFolder,
+    roll: Roll,
+    number: int,
+    rate: float,
+    weights: Weights,
+) -> tuple[Weights, RoundRecord]:
+    begin = time.monotonic()
+    task = TrainTask(number, config.fingerprint(), rate, weights)
+    running: WeightedSum | None = None
+    contributions: list[Contribution] = []
+    content = pack_train_task(task)
+    messages = {s: Message(content, roll.nodes[s], MessageType.TRAIN) for s in roll.training}
+    for site, update in answers(grid, messages, unpack_site_update):
+        reason = update if isinstance(update, str) else _refuse(update, roll.cards[site], task)
+        if isinstance(update, str) or reason:
+            LOG.warning(f"round {number}: {site} did not contribute: {reason}")
+            contributions.append(Contribution(site, trained=False, reason=reason))
+            continue
+        running = add(running, update.weights, update.n_training)
+        contributions.append(
+            Contribution(
+                site,
+                trained=True,
+                train_loss=update.loss,
+                seconds=update.seconds,
+                samples_per_second=update.samples_per_second,
+                bytes=byte_count(update.weights),
+            )
+        )
+    missing = {c.site: c.reason for c in contributions if not c.trained}
+    _enough(config, number, "train", roll.training, missing)
+    assert running is not None
+    averaged = mean(running, like=weights)
+    metrics = _evaluate(grid, config, roll, number, averaged, surface_distances=False)
+    checkpoint, digest = save_checkpoint(folder, number, averaged)
+    record = RoundRecord(
+        round=number,
+        learning_rate=rate,
+        seconds=time.monotonic() - begin,
+        loss=_pooled(metrics, "loss"),
+        checkpoint=checkpoint,
+        sha256=digest,
+        contributions=tuple(contributions),
+        metrics=metrics,
+    )
+    return averaged, record
+
+
+def _evaluate(
+    grid: Grid,
+    config: FederationConfig,
+    roll: Roll,
+    number: int,
+    weights: Weights,
+    *,
+    surface_distances: bool,
+) -> dict[str, SiteMetrics]:
+    task = EvaluateTask(number, config.fingerprint(), surface_distances, weights)
+    content = pack_evaluate_task(task)
+    messages = {s: Message(content, roll.nodes[s], MessageType.EVALUATE) for s in roll.evaluating}
+    metrics: dict[str, SiteMetrics] = {}
+    missing: dict[str, str] = {}
+    for site, report in answers(grid, messages, unpack_site_report):
+        if isinstance(report, str):
+            missing[site] = report
+        elif (report.site, report.round) != (site, number):
+            missing[site] = f"its report is from {report.site} for round {report.round}."
+        elif not math.isfinite(report.metrics.means.get("loss", math.nan)):
+            missing[site] = "its validation loss is not a finite number."
+        else:
+            metrics[site] = report.metrics
+    for site, reason in missing.items():
+        LOG.warning(f"round {number}: {site} did not evaluate: {reason}")
+    _enough(config, number, "evaluate", roll.evaluating, missing)
+    return metrics
+
+
+def _finish(
+    grid: Grid,
+    config: FederationConfig,
+    folder: RunFolder,
+    roll: Roll,
+    history: History,
+    done: list[RoundRecord],
+) -> None:
+    best_mean, best_worst = best_rounds(done)
+    chosen = load_checkpoint(folder, best_mean.round, best_mean.sha256)
+    try:
+        metrics = _evaluate(grid, config, roll, best_mean.round, chosen, surface_distances=True)
+    except _TooFew as few:
+        history.record_failure(best_mean.round, few.reasons)
+        raise FederationFailed(few.text()) from None
+    about = {
+        "config": config.model_dump(mode="json", exclude={"split"}),
+        "sites": [card.site for card in roll.cards.values() if card.trains],
+    }
+    save_weights(folder.model, chosen, {**about, "round": best_mean.round})
+    worst = load_checkpoint(folder, best_worst.round, best_worst.sha256)
+    save_weights(folder.model_worst_site, worst, {**about, "round": best_worst.round})
+    history.record_final(best_mean.round, metrics)
+
+
+def _refuse(update: SiteUpdate, card: SiteCard, task: TrainTask) -> str:
+    """Why an update cannot be averaged; empty if it can."""
+    if (update.site, update.round) != (card.site, task.round):
+        return f"its update is from {update.site} for round {update.round}."
+    if update.n_training != card.n_training:
+        return f"it trained on {update.n_training} subjects but announced {card.n_training}."
+    if not math.isfinite(update.loss):
+        return "its training loss is not a finite number."
+    try:
+        check_update(update.weights, task.weights)
+    except BadWeights as error:
+        return str(error)
+    return ""
+
+
+def _enough(
+    config: FederationConfig, number: int, stage: str, asked: list[str], missing: dict[str, str]
+) -> None:
+    """By default every site that was asked must have answered: no silent subset."""
+    good = len(asked) - len(missing)
+    needed = len(asked)
+    if config.rounds.min_sites is not None:
+        needed = min(config.rounds.min_sites, len(asked))
+    if good < needed:
+        raise _TooFew(number, stage, needed, good, missing)
+
+
+def _pooled(metrics: dict[str, SiteMetrics], key: str) -> float:
+    """Mean over all sites' subjects of a metric that every subject has."""
+    total = sum(m.means[key] * m.n for m in metrics.values())
+    return total / sum(m.n for m in metrics.values())

@@ -1,0 +1,188 @@
+"""The history as people read it: the table after each round, the final table, and the verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from common.metrics import SiteMetrics, mean_dice
+from server.history import History, RoundRecord
+
+REGIONS = ("WT", "TC", "ET")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Did the training succeed, and who contributed to which round.
+
+    `absent` lists every (round, site, reason) in which a site that should have trained did not.
+    """
+
+    complete: bool
+    rounds: int
+    contributed: dict[str, tuple[int, ...]]
+    absent: tuple[tuple[int, str, str], ...]
+
+    @property
+    def everyone(self) -> bool:
+        return not self.absent
+
+    def lines(self) -> list[str]:
+        state = "complete" if self.complete else "NOT complete"
+        lines = [f"Training {state}: {self.rounds} rounds."]
+        for site, rounds in self.contributed.items():
+            share = "every round" if len(rounds) == self.rounds else f"rounds {spans(rounds)}"
+            lines.append(f"  {site} contributed to {share}.")
+        lines += [f"  Round {n}: without {site}: {why}" for n, site, why in self.absent]
+        return lines
+
+
+def verdict(history: History) -> Verdict:
+    """From the recorded rounds alone, so that it says what happened, not what was planned."""
+    records = history.rounds()
+    training = [card.site for card in history.sites() if card.trains]
+    contributed = {
+        site: tuple(
+            r.round for r in records if any(c.site == site and c.trained for c in r.contributions)
+        )
+        for site in training
+    }
+    absent = tuple(
+        (r.round, c.site, c.reason) for r in records for c in r.contributions if not c.trained
+    )
+    return Verdict(history.final() is not None, len(records), contributed, absent)
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """[1, 2, 3, 5] as `1-3, 5`."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts) or "none"
+
+
+def round_table(record: RoundRecord) -> Table:
+    worst_site, worst = record.worst
+    table = Table(
+        title=f"Round {record.round}: Dice {record.mean_dice:.3f} (mean over sites), "
+        f"worst {worst:.3f} at {worst_site}, validation loss {record.loss:.3f}, "
+        f"{record.seconds:.1f} s",
+        title_justify="left",
+    )
+    table.add_column("site")
+    headings = ["train loss", *_headings("Dice"), *_headings("IoU"), "n", "s"]
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    contributions = {c.site: c for c in record.contributions}
+    for site in sorted(contributions.keys() | record.metrics.keys()):
+        c = contributions.get(site)
+        m = record.metrics.get(site)
+        table.add_row(
+            site,
+            ("-" if c is None else number(c.train_loss) if c.trained else "absent"),
+            *_cells(m, "dice"),
+            *_cells(m, "iou"),
+            str(m.n) if m else "0",
+            number(c.seconds, 1) if c else "-",
+        )
+    return table
+
+
+def final_table(round_: int, metrics: dict[str, SiteMetrics]) -> Table:
+    table = Table(
+        title=f"Model of round {round_} on each site's held-out subjects", title_justify="left"
+    )
+    table.add_column("site")
+    for heading in (*_headings("Dice"), *_headings("IoU"), *_headings("HD95"), "n"):
+        table.add_column(heading, justify="right")
+    for site, m in metrics.items():
+        table.add_row(
+            site,
+            *_cells(m, "dice"),
+            *_cells(m, "iou"),
+            *(number(m.means.get(f"hd95/{region}"), 1) for region in REGIONS),
+            str(m.n),
+        )
+    table.add_section()
+    n = sum(m.n for m in metrics.values())
+    for name, weight in (("mean over sites", False), ("mean over subjects", True)):
+        cells = [
+            number(
+                average(metrics, f"{key}/{region}", by_subject=weight), 1 if key == "hd95" else 3
+            )
+            for key in ("dice", "iou", "hd95")
+            for region in REGIONS
+        ]
+        table.add_row(name, *cells, str(n))
+    return table
+
+
+def average(metrics: dict[str, SiteMetrics], key: str, *, by_subject: bool) -> float:
+    """Mean over sites (each alike) or over subjects, leaving out where the metric is undefined."""
+    pairs = [
+        (m.means[key], m.defined.get(key, m.n) if by_subject else 1)
+        for m in metrics.values()
+        if key in m.means and not math.isnan(m.means[key])
+    ]
+    total = sum(weight for _, weight in pairs)
+    return sum(value * weight for value, weight in pairs) / total if total else math.nan
+
+
+def results_document(history: History) -> dict[str, Any]:
+    """Everything the history holds, for `results.json` and `--json`."""
+    judged = verdict(history)
+    final = history.final()
+    return {
+        "verdict": {**asdict(judged), "everyone": judged.everyone},
+        "sites": [
+            {k: v for k, v in vars(card).items() if k != "config_fingerprint"}
+            for card in history.sites()
+        ],
+        "rounds": [
+            {
+                **asdict(r),
+                "mean_dice": r.mean_dice,
+                "worst_site": r.worst[0],
+                "worst_dice": r.worst[1],
+                "metrics": _without_nan(r.metrics),
+            }
+            for r in history.rounds()
+        ],
+        "final": final
+        and {
+            "round": final[0],
+            "mean_dice": {site: mean_dice(m) for site, m in final[1].items()},
+            "metrics": _without_nan(final[1]),
+        },
+    }
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _headings(metric: str) -> list[str]:
+    return [f"{metric} {region}" for region in REGIONS]
+
+
+def _cells(metrics: SiteMetrics | None, key: str) -> list[str]:
+    return [number(metrics.means.get(f"{key}/{region}") if metrics else None) for region in REGIONS]
+
+
+def _without_nan(metrics: dict[str, SiteMetrics]) -> dict[str, Any]:
+    """JSON has no NaN: an undefined mean becomes null."""
+    return {
+        site: {
+            "n": m.n,
+            "means": {k: None if math.isnan(v) else v for k, v in m.means.items()},
+            "defined": m.defined,
+        }
+        for site, m in metrics.items()
+    }

@@ -1,0 +1,136 @@
+"""What the federation is compared with: each site alone, and everything pooled in one place.
+
+Both are federations with a single training site, run by the very same code for as many rounds, so
+that only the data differ. All are compared by their last round's model, which nobody chose by
+looking at the held-out subjects.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.table import Table
+
+from common.config import FederationConfig
+from common.files import write_text_atomically
+from common.metrics import SiteMetrics, mean_dice
+from server.checkpoint import RunFolder
+from server.history import History
+from server.tables import average, number
+from simulation.cohort import Cohort, SiteCohort, write_sites
+from simulation.run import Engine, claim_folder, run_engine
+
+POOLED = "pooled"
+Reduce = Callable[[dict[str, SiteMetrics], str], float]
+WAYS = ("local-only", "federated", "centralised")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Way -> site -> metrics on that site's own held-out subjects.
+
+    A site that does not train has no local model.
+    """
+
+    metrics: dict[str, dict[str, SiteMetrics]]
+
+    def as_dict(self) -> dict[str, dict[str, dict[str, float]]]:
+        return {
+            way: {site: {"dice": mean_dice(m), **m.means} for site, m in sites.items()}
+            for way, sites in self.metrics.items()
+        }
+
+
+def compare(cohort: Cohort, out: Path, config: FederationConfig, engine: Engine) -> Comparison:
+    """Train the baselines below `out`/baselines (resumable) and gather all three."""
+    alone = config.model_copy(
+        update={"rounds": config.rounds.model_copy(update={"min_sites": None})}
+    )
+    local: dict[str, SiteMetrics] = {}
+    for site in cohort.sites:
+        if site.trains and site.held_out:
+            just = replace(cohort, sites=(site,))
+            local |= _last_round(just, out / "baselines" / f"local-{site.name}", alone, engine)
+    pooled = SiteCohort(
+        name=POOLED,
+        trains=True,
+        training=tuple(entry for site in cohort.sites for entry in site.training),
+        held_out=(),
+        findings=(),
+    )
+    evaluators = tuple(
+        replace(site, trains=False, training=()) for site in cohort.sites if site.held_out
+    )
+    together = replace(cohort, sites=(pooled, *evaluators))
+    centralised = _last_round(together, out / "baselines" / "centralised", alone, engine)
+    with History(RunFolder(out).history) as history:
+        federated = history.rounds()[-1].metrics
+    return Comparison(dict(zip(WAYS, (local, federated, centralised), strict=True)))
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Mean Dice over WT, TC and ET, and WT Dice, each site on its own held-out subjects."""
+    table = Table(
+        title="Dice on each site's own held-out subjects, last round of each", title_justify="left"
+    )
+    table.add_column("site")
+    for heading in ("mean of WT, TC, ET", "WT"):
+        for way in WAYS:
+            table.add_column(f"{way}\n{heading}", justify="right")
+    table.add_column("n", justify="right")
+    sites = comparison.metrics["federated"]
+    for site, m in sites.items():
+        found = [comparison.metrics[way].get(site) for way in WAYS]
+        cells = [number(mean_dice(of) if of else None) for of in found]
+        cells += [number(of.means["dice/WT"] if of else None) for of in found]
+        table.add_row(site, *cells, str(m.n))
+    table.add_section()
+    n = str(sum(m.n for m in sites.values()))
+    table.add_row("mean over sites", *_summary(comparison, _over_sites), n)
+    table.add_row("mean over subjects", *_summary(comparison, _over_subjects), n)
+    table.add_row("worst site", *_summary(comparison, lambda m, key: min(_values(m, key))), "")
+    spread = _summary(comparison, lambda m, key: max(_values(m, key)) - min(_values(m, key)))
+    table.add_row("spread (best - worst)", *spread, "")
+    return table
+
+
+def _last_round(
+    cohort: Cohort, out: Path, config: FederationConfig, engine: Engine
+) -> dict[str, SiteMetrics]:
+    folder = claim_folder(out, config)
+    run_engine(engine, folder, write_sites(cohort, out / "sites", config))
+    with History(folder.history) as history:
+        return history.rounds()[-1].metrics
+
+
+def _values(metrics: dict[str, SiteMetrics], key: str) -> list[float]:
+    return [mean_dice(m) if key == "mean" else m.means[key] for m in metrics.values()]
+
+
+def _over_sites(metrics: dict[str, SiteMetrics], key: str) -> float:
+    values = _values(metrics, key)
+    return sum(values) / len(values)
+
+
+def _over_subjects(metrics: dict[str, SiteMetrics], key: str) -> float:
+    keys = [f"dice/{region}" for region in ("WT", "TC", "ET")] if key == "mean" else [key]
+    return sum(average(metrics, k, by_subject=True) for k in keys) / len(keys)
+
+
+def _summary(comparison: Comparison, reduce: Reduce) -> list[str]:
+    return [
+        number(reduce(comparison.metrics[way], key) if comparison.metrics[way] else None)
+        for key in ("mean", "dice/WT")
+        for way in WAYS
+    ]
+
+
+def record_comparison(comparison: Comparison, out: Path) -> None:
+    """Add the comparison to `results.json`."""
+    path = out / "results.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    document["comparison"] = comparison.as_dict()
+    write_text_atomically(path, json.dumps(document, indent=1))

@@ -1,0 +1,288 @@
+"""The researcher's command line, `fed-sim`: the whole federation on one machine.
+
+Heavy imports happen inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from common import telemetry
+from common.console import standard_output, start_logging
+
+if TYPE_CHECKING:
+    from simulation.run import Result
+
+app = typer.Typer(
+    help="A whole federation on one machine: BraTS in, a trained 3D U-Net and per-site Dice out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+FAILED, USAGE, DEFECT = 1, 2, 70  # exit codes; 70 is sysexits' EX_SOFTWARE
+
+Data = Annotated[Path, typer.Argument(help="Folder in BraTS layout.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="A federation.yaml; see `fed-sim config`.")
+]
+Preset = Annotated[str | None, typer.Option(help="quick, default or reference.")]
+Assign = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="One key of federation.yaml, as section.key=value. Repeatable."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+
+
+class EngineName(StrEnum):
+    IN_PROCESS = "in-process"
+    RAY = "ray"
+
+
+@app.command()
+def run(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder of the run; the same again continues it.")],
+    config: ConfigFile = None,
+    preset: Preset = None,
+    assign: Assign = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Also train each site alone and all data pooled.")
+    ] = False,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder for preprocessed subjects; default OUT/cache.")
+    ] = None,
+    engine: Annotated[
+        EngineName, typer.Option(help="ray needs the optional extra.")
+    ] = EngineName.IN_PROCESS,
+    cpus_per_site: Annotated[int, typer.Option(min=1, help="Ray: CPUs of one site.")] = 1,
+    gpus_per_site: Annotated[float, typer.Option(min=0, help="Ray: GPUs of one site.")] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Split by institution, prepare, train, average, evaluate; resumes after an interruption.
+
+    Exit code 0: every round had all the sites it needs. 1: it failed. 2: wrong usage.
+    """
+    start_logging()
+    from common.config import load_config
+
+    with _failing_in_words():
+        settings = load_config(config, preset=preset, assign=assign or ())
+        _require_folder(data)
+        from simulation.run import Engine, simulate
+
+        placed = Engine(engine.value, cpus_per_site, gpus_per_site)
+        with _standard_output_to_error(as_json):
+            result = simulate(data, out, settings, cache=cache, engine=placed)
+            _print_result(result)
+            if baselines:
+                from simulation.baselines import compare, comparison_table, record_comparison
+
+                comparison = compare(result.cohort, out, settings, placed)
+                record_comparison(comparison, out)
+                standard_output().print(comparison_table(comparison))
+            print(f"Results: {out / 'results.json'}, {out / 'results.csv'}")
+            print(f"Model: {result.folder.model}")
+        if as_json:
+            print((out / "results.json").read_text(encoding="utf-8"))
+        if not result.verdict.complete:
+            raise typer.Exit(FAILED)
+
+
+@app.command()
+def phantom(
+    out: Annotated[Path, typer.Argument(help="Folder to write the synthetic cohort to.")],
+    sites: Annotated[int, typer.Option(help="Number of institutions, 1 to 17.")] = 6,
+    subjects: Annotated[int, typer.Option(help="Subjects per institution.")] = 10,
+    real_sizes: Annotated[
+        bool, typer.Option("--real-sizes", help="The 17 sites and 369 subjects of BraTS 2020.")
+    ] = False,
+    grid: Annotated[tuple[int, int, int], typer.Option(help="Voxels along x, y, z.")] = (
+        240,
+        240,
+        155,
+    ),
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    heterogeneity: Annotated[
+        float, typer.Option(help="0: identical scanners; 1: realistic; 1.5: strong.")
+    ] = 1.0,
+    uncompressed: Annotated[
+        bool, typer.Option("--uncompressed", help="Write .nii, as in the Kaggle copy.")
+    ] = False,
+) -> None:
+    """Write synthetic subjects in BraTS 2020 layout; the same seed gives the same bytes."""
+    start_logging()
+    from common.progress import stepping
+    from sites.phantom_cohort import plan, write_cohort
+
+    with _failing_in_words():
+        total = len(plan(sites=sites, subjects_per_site=subjects, real_sizes=real_sizes))
+        with stepping("phantom", total, "subjects") as step:
+            folder = write_cohort(
+                out,
+                sites=sites,
+                subjects_per_site=subjects,
+                real_sizes=real_sizes,
+                shape=grid,
+                seed=seed,
+                heterogeneity=heterogeneity,
+                compressed=not uncompressed,
+                on_subject=lambda *_: step(),
+            )
+    print(f"{total} synthetic subjects in {folder}. Not for clinical conclusions of any kind.")
+
+
+@app.command()
+def split(
+    data: Data,
+    config: ConfigFile = None,
+    preset: Preset = None,
+    assign: Assign = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which subjects belong to which site, without reading a scan."""
+    start_logging()
+    from common.config import load_config
+
+    with _failing_in_words():
+        settings = load_config(config, preset=preset, assign=assign or ())
+        _require_folder(data)
+        from rich.table import Table
+
+        from simulation.split import describe
+
+        described = describe(data, settings)
+        if as_json:
+            print(json.dumps(described, indent=1))
+            return
+        table = Table("site", "role", "subjects", "HGG", "LGG", "training", "held out")
+        for name, site in described["sites"].items():
+            counts = (len(site["training"]) + len(site["held_out"]), site["HGG"], site["LGG"])
+            roles = (len(site["training"]), len(site["held_out"]))
+            table.add_row(name, site["role"], *map(str, counts), *map(str, roles))
+        standard_output().print(table)
+        for subject in described["unmapped"]:
+            print(f"no site: {subject}")
+
+
+@app.command()
+def results(
+    out: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")],
+    as_json: AsJson = False,
+) -> None:
+    """Print what a run has recorded: every round, the final model, who contributed."""
+    start_logging()
+    with _failing_in_words():
+        from server.checkpoint import RunFolder
+        from server.history import History
+        from server.tables import final_table, results_document, round_table, verdict
+
+        folder = RunFolder(out)
+        if not folder.history.exists():
+            raise typer.BadParameter(f"{out} holds no run.", param_hint="OUT")
+        with History(folder.history) as history:
+            if as_json:
+                print(json.dumps(results_document(history), indent=1, allow_nan=False))
+                return
+            console = standard_output()
+            for record in history.rounds():
+                console.print(round_table(record))
+            final = history.final()
+            if final is not None:
+                console.print(final_table(*final))
+            print("\n".join(verdict(history).lines()))
+
+
+@app.command(name="config")
+def show_config(preset: Preset = None, assign: Assign = None) -> None:
+    """Print a federation.yaml with every key, to edit and pass to `run --config`."""
+    from common.config import dump_config, load_config
+
+    with _failing_in_words():
+        print(dump_config(load_config(preset=preset, assign=assign or ())), end="")
+
+
+def main() -> None:
+    """Entry point of `fed-sim`."""
+    telemetry.switch_off()
+    app()
+
+
+def _print_result(result: Result) -> None:
+    from server.history import History
+    from server.tables import final_table
+
+    console = standard_output()
+    with History(result.folder.history) as history:
+        final = history.final()
+    if final is not None:
+        console.print(final_table(*final))
+    if result.threshold is not None:
+        t = result.threshold
+        console.print(
+            f"Naive FLAIR threshold on the same subjects: whole-tumour Dice "
+            f"{t.mean_over_sites:.3f} (mean over sites), {t.mean_over_subjects:.3f} (over subjects)."
+        )
+    for subject in result.cohort.unmapped:
+        print(f"No site for subject {subject}: it took no part.")
+    for subject in result.cohort.left_out:
+        print(f"Left out, unusable: {subject} (fed-client check says why).")
+    print("\n".join(result.verdict.lines()))
+
+
+def _require_folder(data: Path) -> None:
+    if not data.is_dir():
+        problem = "is a file, not a folder" if data.exists() else "does not exist"
+        raise typer.BadParameter(f"{data} {problem}.", param_hint="DATA")
+
+
+@contextmanager
+def _standard_output_to_error(yes: bool) -> Iterator[None]:
+    """With --json, standard output carries the document and nothing else."""
+    standard = sys.stdout
+    if yes:
+        sys.stdout = sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout = standard
+
+
+@contextmanager
+def _failing_in_words() -> Iterator[None]:
+    """Expected failures become one clear text and the right exit code, never a traceback."""
+    from common.config import ConfigError
+    from common.files import AlreadyInUse
+
+    try:
+        yield
+    except ConfigError as error:
+        print(f"fed-sim: {error}", file=sys.stderr)
+        raise typer.Exit(USAGE) from None
+    except AlreadyInUse as error:
+        print(f"fed-sim: {error}", file=sys.stderr)
+        raise typer.Exit(FAILED) from None
+    except KeyboardInterrupt:
+        print("fed-sim: interrupted; the same command continues.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, typer.Exit):
+            raise
+        findings = getattr(error, "findings", ())
+        if findings:
+            from client.cli import print_findings
+
+            print_findings(findings)
+        print(f"fed-sim: {error}", file=sys.stderr)
+        raise typer.Exit(FAILED) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""One BraTS folder as the sites of a federation: discover, split, hold out, check, prepare.
+
+Every site's subjects are checked and preprocessed by themselves, as each hospital would do it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from client.site import write_site
+from common.config import FederationConfig, dump_config
+from sites.cache import CachedSubject, prepare_subjects
+from sites.checks import same_patient_twice
+from sites.finding import Finding
+from sites.holdout import divide
+from sites.institutions import Split, roles, split_subjects
+from sites.preprocess import recipe_of
+from sites.subject import Discovery, Subject, discover
+
+
+@dataclass(frozen=True)
+class SiteCohort:
+    """A site's prepared subjects; one that only evaluates holds out all of them."""
+
+    name: str
+    trains: bool
+    training: tuple[CachedSubject, ...]
+    held_out: tuple[CachedSubject, ...]
+    findings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True)
+class Cohort:
+    sites: tuple[SiteCohort, ...]
+    unmapped: tuple[str, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        return tuple(sorted({f.subject for f in self.findings if f.severity == "error"} - {""}))
+
+
+class UnusableData(ValueError):
+    """Subjects cannot be used and the configuration refuses to leave them out."""
+
+    def __init__(self, text: str, findings: Sequence[Finding] = ()) -> None:
+        super().__init__(text)
+        self.findings = tuple(findings)
+
+
+def find_and_split(data: Path, config: FederationConfig) -> tuple[Discovery, Split]:
+    """The subjects below `data`, and which site each belongs to.
+
+    Raises:
+        UnusableData: no subject was found.
+        SplitError: the split is not possible; the text says what to do.
+    """
+    discovery = discover(data, modalities=config.modalities, site="")
+    if not discovery.subjects:
+        raise UnusableData(f"{data}: no subject was found.", discovery.findings)
+    s = config.split
+    split = split_subjects(
+        discovery.subjects,
+        by=s.by,
+        root=data,
+        file=s.file,
+        merge_hospitals=s.merge_hospitals,
+        parts=s.parts,
+        seed=config.seed,
+    )
+    return discovery, split
+
+
+def assemble(data: Path, config: FederationConfig, cache: Path) -> Cohort:
+    """Everything from the BraTS folder to prepared sites.
+
+    Raises:
+        UnusableData: a subject has an error and `on_bad_subject` is `refuse`, or none is left.
+        SplitError, CacheError: as their modules say.
+    """
+    discovery, split = find_and_split(data, config)
+    does = roles(split, hold_out=config.split.hold_out, min_subjects=config.split.min_subjects)
+    by_id = {subject.id: subject for subject in discovery.subjects}
+    site_of = {subject: site for site, members in split.sites.items() for subject in members}
+    sites = []
+    found = [_at_site(finding, site_of) for finding in discovery.findings]
+    for name, members in split.sites.items():
+        subjects: list[Subject] = [by_id[member] for member in members]
+        preparation = prepare_subjects(subjects, recipe_of(config), cache, site=name)
+        found += preparation.findings
+        ready = {entry.id: entry for entry in preparation.ready}
+        training, held_out = divide(
+            ready, split.grades, seed=config.seed, fraction=config.held_out_fraction
+        )
+        if does[name] == "evaluates":
+            training, held_out = (), tuple(ready)
+        sites.append(
+            SiteCohort(
+                name=name,
+                trains=bool(training),
+                training=tuple(ready[i] for i in training),
+                held_out=tuple(ready[i] for i in held_out),
+                findings=preparation.findings,
+            )
+        )
+    everyone = [(s.name, e.id, e.digest) for s in sites for e in (*s.training, *s.held_out)]
+    found += same_patient_twice(everyone)
+    findings = tuple(dict.fromkeys(found))
+    cohort = Cohort(tuple(s for s in sites if s.training or s.held_out), split.unmapped, findings)
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if errors and config.on_bad_subject == "refuse":
+        raise UnusableData(
+            f"{len(cohort.left_out)} subjects cannot be used; mend or remove them, "
+            "or leave them out with on_bad_subject: skip.",
+            findings,
+        )
+    if not any(site.trains for site in cohort.sites):
+        raise UnusableData("No site has a subject to train on.", findings)
+    return cohort
+
+
+def write_sites(cohort: Cohort, folder: Path, config: FederationConfig) -> dict[int, Path]:
+    """Give each site its own folder below `folder`; returns the folders by Flower node id."""
+    folders = {}
+    for node, site in enumerate(cohort.sites, start=1):
+        folders[node] = folder / site.name
+        write_site(
+            folders[node],
+            name=site.name,
+            trains=site.trains,
+            config_text=dump_config(config),
+            training=site.training,
+            held_out=site.held_out,
+            findings=site.findings,
+        )
+    return folders
+
+
+def _at_site(finding: Finding, site_of: dict[str, str]) -> Finding:
+    """Discovery runs before the split, so its findings do not know their site yet."""
+    return replace(finding, site=site_of.get(finding.subject, ""))

@@ -1,0 +1,145 @@
+"""`fed-sim run`: from a BraTS folder to a trained model, resumable by the same command."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from client.app import app as client_app
+from common.config import ConfigError, FederationConfig, dump_config, load_config
+from common.files import locked, write_text_atomically
+from server.app import app as server_app
+from server.checkpoint import RunFolder
+from server.history import History
+from server.tables import Verdict, results_document, verdict
+from simulation.cohort import Cohort, assemble, write_sites
+from simulation.grid import run_in_process
+from simulation.ray_engine import run_on_ray
+from simulation.threshold import ThresholdBaseline, flair_threshold
+
+
+@dataclass(frozen=True)
+class Engine:
+    """`in-process` has hospitals take turns; `ray` places each on its share of CPUs and GPUs."""
+
+    name: str = "in-process"
+    cpus_per_site: int = 1
+    gpus_per_site: float = 0.0
+
+
+@dataclass(frozen=True)
+class Result:
+    folder: RunFolder
+    cohort: Cohort
+    verdict: Verdict
+    threshold: ThresholdBaseline | None
+
+
+def simulate(
+    data: Path, out: Path, config: FederationConfig, *, cache: Path | None, engine: Engine
+) -> Result:
+    """Run the federation, or continue it where it was interrupted.
+
+    Raises:
+        ConfigError: `out` holds a run with another configuration, or something else.
+        AlreadyInUse: another process is running in `out`.
+        UnusableData, SplitError, CacheError, FederationFailed, BadWeights: as their modules say.
+    """
+    folder = claim_folder(out, config)
+    with locked(folder.lock):
+        cohort = assemble(data, config, cache or out / "cache")
+        sites = write_sites(cohort, out / "sites", config)
+        run_engine(engine, folder, sites)
+        threshold = flair_threshold(cohort, config)
+        with History(folder.history) as history:
+            result = Result(folder, cohort, verdict(history), threshold)
+            write_text_atomically(out / "results.json", _results_json(history, result, data))
+            write_text_atomically(out / "results.csv", _results_csv(history))
+    return result
+
+
+def claim_folder(out: Path, config: FederationConfig) -> RunFolder:
+    """Make `out` the folder of a run with this configuration; an existing one must have the same."""
+    folder = RunFolder(out)
+    if folder.config.exists():
+        before = load_config(folder.config)
+        if before != config:
+            changed = ", ".join(_differences(before.model_dump(), config.model_dump()))
+            raise ConfigError(
+                f"{out} holds a run with another configuration (differs in: {changed}). "
+                "Choose another --out, or use the same configuration to continue it."
+            )
+        return folder
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ConfigError(f"{out} is not empty and holds no run; choose another --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(folder.config, dump_config(config))
+    return folder
+
+
+def run_engine(engine: Engine, folder: RunFolder, sites: Mapping[int, Path]) -> None:
+    if engine.name == "ray":
+        run_on_ray(
+            server_app,
+            client_app,
+            folder.path.resolve(),
+            {node: path.resolve() for node, path in sites.items()},
+            cpus_per_site=engine.cpus_per_site,
+            gpus_per_site=engine.gpus_per_site,
+        )
+    else:
+        run_in_process(server_app, client_app, folder.path, sites)
+
+
+def _results_json(history: History, result: Result, data: Path) -> str:
+    cohort = result.cohort
+    document: dict[str, Any] = {
+        **results_document(history),
+        "data": {
+            "folder": str(data),
+            "unmapped": list(cohort.unmapped),
+            "left_out": list(cohort.left_out),
+            "findings": [finding.as_dict() for finding in cohort.findings],
+            "subjects": {
+                site.name: {
+                    "trains": site.trains,
+                    "training": [entry.id for entry in site.training],
+                    "held_out": [entry.id for entry in site.held_out],
+                }
+                for site in cohort.sites
+            },
+        },
+        "flair_threshold": vars(result.threshold) if result.threshold else None,
+    }
+    return json.dumps(document, indent=1, allow_nan=False)
+
+
+def _results_csv(history: History) -> str:
+    """One line per round, site and metric, and the final ones with stage `final`."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["stage", "round", "site", "metric", "mean", "subjects"])
+    stages = [("round", r.round, r.metrics) for r in history.rounds()]
+    final = history.final()
+    if final is not None:
+        stages.append(("final", *final))
+    for stage, number, metrics in stages:
+        for site, of in metrics.items():
+            for key, value in of.means.items():
+                table.writerow([stage, number, site, key, value, of.defined.get(key, of.n)])
+    return text.getvalue()
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
+    changed = []
+    for key in a:
+        if isinstance(a[key], Mapping) and isinstance(b[key], Mapping):
+            changed += _differences(a[key], b[key], f"{prefix}{key}.")
+        elif a[key] != b[key]:
+            changed.append(f"{prefix}{key}")
+    return changed

@@ -1,0 +1,253 @@
+"""A site's preprocessed subjects on disk: fp16 images and uint8 labels, memory-mapped.
+
+An entry's name is a hash of the subject's files (their bytes) and of the recipe, so a changed file
+or recipe makes a new entry and touches no other. An entry appears by one rename, so a kill leaves
+whole entries only and the next run continues; several processes may share one cache folder.
+Entries of files or recipes no longer used stay until the folder is deleted by its owner.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sqlite3
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.files import sync_folder
+from common.progress import track
+from common.weights import file_sha256
+from sites.checks import examine, same_patient_twice
+from sites.finding import Finding
+from sites.preprocess import Geometry, Prepared, Recipe, prepare
+from sites.subject import Subject
+
+SETTLED_SECONDS = 2.0  # a file changed later than this before hashing may change again unseen
+
+
+@dataclass(frozen=True)
+class CachedSubject:
+    """A prepared subject on disk; arrays are opened on demand, so a list of these costs no memory."""
+
+    id: str
+    folder: Path
+    geometry: Geometry
+    digest: str  # of the voxels: equal for the same patient under two ids
+
+    def image(self) -> np.ndarray:
+        """float16 (C, X, Y, Z), memory-mapped, on the working grid."""
+        return np.load(self.folder / "image.npy", mmap_mode="r")
+
+    def labels(self) -> np.ndarray:
+        """uint8 (X, Y, Z), memory-mapped, on the working grid."""
+        return np.load(self.folder / "labels.npy", mmap_mode="r")
+
+    def truth(self) -> np.ndarray:
+        """uint8, memory-mapped, the subject's own voxels inside `geometry.truth_box`."""
+        return np.load(self.folder / "truth.npy", mmap_mode="r")
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What became of a site's subjects: those ready, and every finding about all of them."""
+
+    ready: tuple[CachedSubject, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def unusable(self) -> tuple[str, ...]:
+        return tuple(sorted({f.subject for f in self.findings if f.severity == "error"}))
+
+
+class CacheError(RuntimeError):
+    """The cache folder cannot be written; the text says where and why."""
+
+
+def prepare_subjects(
+    subjects: Sequence[Subject],
+    recipe: Recipe,
+    folder: Path,
+    *,
+    site: str,
+    require_labels: bool = True,
+) -> Preparation:
+    """Check and preprocess every subject that the cache does not hold yet.
+
+    A subject with an error finding is not among those ready; bad data never raises.
+
+    Raises:
+        CacheError: the cache cannot be written (disk full, no permission).
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
+        ready: list[CachedSubject] = []
+        findings: list[Finding] = []
+        with contextlib.closing(_open_hashes(folder)) as hashes:
+            for subject in track(subjects, f"{site}: preparing", len(subjects), "subjects"):
+                entry, found = _one(subject, recipe, folder, hashes, site, require_labels)
+                findings += found
+                if entry is not None:
+                    ready.append(entry)
+    except (OSError, sqlite3.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise CacheError(f"cache {folder}: {reason or type(error).__name__}.") from error
+    findings += same_patient_twice((site, entry.id, entry.digest) for entry in ready)
+    bad = {f.subject for f in findings if f.severity == "error"}
+    return Preparation(tuple(e for e in ready if e.id not in bad), tuple(findings))
+
+
+def load_entry(folder: Path) -> CachedSubject:
+    """A cached subject by its folder, as listed in a site's manifest.
+
+    Raises:
+        CacheError: it is not there any more or damaged; the remedy is to prepare again.
+    """
+    about = _read_about(folder)
+    if about is None:
+        raise CacheError(f"cache entry {folder} is missing or damaged; start the run again.")
+    return CachedSubject(about["subject"], folder, _geometry(about["geometry"]), about["digest"])
+
+
+def _one(
+    subject: Subject,
+    recipe: Recipe,
+    folder: Path,
+    hashes: sqlite3.Connection,
+    site: str,
+    require_labels: bool,
+) -> tuple[CachedSubject | None, list[Finding]]:
+    entry = folder / _key(subject, recipe, hashes)
+    about = _read_about(entry)
+    if about is not None and (about["labelled"] or not require_labels):
+        found = [Finding(**{**stored, "site": site}) for stored in about["findings"]]
+        return load_entry(entry), found
+    scan, found = examine(
+        subject,
+        modalities=recipe.modalities,
+        coding=recipe.label_coding,
+        require_labels=require_labels,
+        site=site,
+    )
+    if scan is None:
+        return None, found
+    prepared = prepare(scan, recipe)
+    about = {
+        "subject": subject.id,
+        "recipe": asdict(recipe),
+        "digest": scan.digest,
+        "labelled": prepared.labels is not None,
+        "geometry": asdict(prepared.geometry),
+        "findings": [finding.as_dict() for finding in found],
+    }
+    _write(entry, prepared, about)
+    return CachedSubject(subject.id, entry, prepared.geometry, scan.digest), found
+
+
+def _key(subject: Subject, recipe: Recipe, hashes: sqlite3.Connection) -> str:
+    """`SUBJECT-<hash of file contents and recipe>`; file names and folders do not matter."""
+    files = {m: subject.images[m] for m in recipe.modalities if m in subject.images}
+    if subject.segmentation is not None:
+        files["seg"] = subject.segmentation
+    parts: dict[str, Any] = {name: _content_hash(path, hashes) for name, path in files.items()}
+    text = json.dumps({"id": subject.id, "files": parts, "recipe": asdict(recipe)}, sort_keys=True)
+    return f"{subject.id}-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
+
+
+def _content_hash(path: Path, hashes: sqlite3.Connection) -> str:
+    """sha256 of the file; not read again while its size and modification time stay the same."""
+    try:
+        status = path.stat()
+        stamp = (str(path.resolve()), status.st_size, status.st_mtime_ns)
+        row = hashes.execute(
+            "SELECT sha256 FROM files WHERE path = ? AND size = ? AND mtime_ns = ?", stamp
+        ).fetchone()
+        if row:
+            return str(row[0])
+        digest = file_sha256(path)
+    except OSError:
+        return "unreadable"  # the check names the file and the reason
+    if time.time() - status.st_mtime > SETTLED_SECONDS:
+        with hashes:
+            hashes.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", (*stamp, digest))
+    return digest
+
+
+def _open_hashes(folder: Path) -> sqlite3.Connection:
+    hashes = sqlite3.connect(folder / "files.sqlite", timeout=60)
+    with hashes:
+        hashes.execute(
+            "CREATE TABLE IF NOT EXISTS files"
+            " (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, sha256 TEXT)"
+        )
+    return hashes
+
+
+def _write(entry: Path, prepared: Prepared, about: dict[str, Any]) -> None:
+    temporary = entry.with_name(f".{entry.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        arrays = {"image": prepared.image, "labels": prepared.labels, "truth": prepared.truth}
+        sizes = {}
+        for name, array in arrays.items():
+            if array is not None:
+                path = temporary / f"{name}.npy"
+                np.save(path, array, allow_pickle=False)
+                sizes[path.name] = path.stat().st_size
+        text = json.dumps({**about, "sizes": sizes})
+        (temporary / "about.json").write_text(text, encoding="utf-8")
+        for path in temporary.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if _read_about(entry) is None:
+            shutil.rmtree(entry, ignore_errors=True)  # damaged
+            with contextlib.suppress(FileExistsError):  # another process was faster: same bytes
+                temporary.rename(entry)
+            sync_folder(entry.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _read_about(entry: Path) -> dict[str, Any] | None:
+    """The entry's description, or None where there is no whole entry."""
+    try:
+        about: dict[str, Any] = json.loads((entry / "about.json").read_text(encoding="utf-8"))
+        for name, size in about["sizes"].items():
+            if (entry / name).stat().st_size != size:
+                return None
+    except (OSError, ValueError, KeyError):
+        return None
+    return about
+
+
+def _geometry(stored: dict[str, Any]) -> Geometry:
+    def triple(values: Sequence[Any]) -> Any:
+        return tuple(values)
+
+    return Geometry(
+        shape=triple(stored["shape"]),
+        spacing=triple(stored["spacing"]),
+        box=(triple(stored["box"][0]), triple(stored["box"][1])),
+        truth_box=(triple(stored["truth_box"][0]), triple(stored["truth_box"][1])),
+    )
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process left behind; a live process's temporary folders are spared."""
+    for leftover in folder.glob(".*.tmp"):
+        owner = leftover.name.split(".")[-2]
+        try:
+            os.kill(int(owner), 0)
+        except (ValueError, ProcessLookupError):
+            shutil.rmtree(leftover, ignore_errors=True)
+        except PermissionError:
+            pass  # alive, another user's

@@ -1,0 +1,190 @@
+"""From a trusted scan to the network's input: crop to the brain, normalise, bring to the working grid.
+
+The working grid is either a fixed grid (`resample`) or 1 mm voxels (`patches`). Everything works in
+RAS orientation, which `sites.checks` has already established. Normalisation looks at one volume of
+one modality at a time, so nothing about one subject depends on another. The way back, from the
+network's output to the subject's own voxels, is `restore`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common.brats import MODALITIES
+from common.config import FederationConfig
+from sites.checks import Scan
+
+VERSION = 1  # raise it when the same recipe gives different voxels, so that caches are redone
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the cached voxels of a subject, besides its files."""
+
+    mode: str = "patches"
+    shape: Triple = (128, 128, 128)
+    normalise: str = "zscore"
+    modalities: tuple[str, ...] = MODALITIES
+    label_coding: str = "auto"
+    version: int = VERSION
+
+
+def recipe_of(config: FederationConfig) -> Recipe:
+    p = config.preprocess
+    return Recipe(p.mode, p.shape, p.normalise, config.modalities, config.label_coding)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the working grid lies in the subject's own RAS grid (voxels; spacing in mm).
+
+    `box` is the brain's bounding box; `truth_box` also encloses every labelled voxel, so that a
+    label outside the brain still counts against a prediction.
+    """
+
+    shape: Triple
+    spacing: tuple[float, float, float]
+    box: tuple[Triple, Triple]
+    truth_box: tuple[Triple, Triple]
+
+    @property
+    def box_shape(self) -> Triple:
+        return _extent(self.box)
+
+    @property
+    def diagonal_mm(self) -> float:
+        """Of the whole image: the HD95 given when exactly one of prediction and truth is empty."""
+        return float(np.linalg.norm(np.multiply(self.shape, self.spacing)))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One subject ready for the network.
+
+    image: float16 (C, X, Y, Z) on the working grid; labels: uint8 (X, Y, Z) on the same grid;
+    truth: uint8 labels in the subject's own voxels inside `geometry.truth_box`. Labels and truth
+    are None for a subject without a segmentation.
+    """
+
+    image: np.ndarray
+    labels: np.ndarray | None
+    truth: np.ndarray | None
+    geometry: Geometry
+
+
+def prepare(scan: Scan, recipe: Recipe) -> Prepared:
+    """Crop, normalise and bring to the working grid."""
+    volumes = [scan.images[modality] for modality in recipe.modalities]
+    brain = np.zeros(volumes[0].shape, bool)
+    for volume in volumes:
+        brain |= volume != 0
+    box = _bounding_box(brain)
+    truth_box = box
+    if scan.labels is not None and scan.labels.any():
+        truth_box = _bounding_box(_mark(brain, box) | (scan.labels > 0))
+    shape = (brain.shape[0], brain.shape[1], brain.shape[2])
+    geometry = Geometry(shape, scan.spacing, box, truth_box)
+    target = _working_shape(geometry, recipe)
+
+    crop = _slices(box)
+    image = np.empty((len(volumes), *target), np.float16)
+    for channel, volume in enumerate(volumes):
+        normalised = _normalise(volume[crop], recipe.normalise)
+        image[channel] = _resize_image(normalised, target)
+    labels = truth = None
+    if scan.labels is not None:
+        labels = _resize_labels(scan.labels[crop], target)
+        truth = np.ascontiguousarray(scan.labels[_slices(truth_box)])
+    return Prepared(image, labels, truth, geometry)
+
+
+def restore(scores: torch.Tensor, geometry: Geometry) -> np.ndarray:
+    """The network's class scores (4, X, Y, Z) on the working grid, as labels in the subject's voxels.
+
+    Scores are interpolated, then the best class is taken, so borders stay smooth.
+
+    Returns:
+        uint8 labels inside `geometry.truth_box`; outside the brain box they are background.
+    """
+    if scores.shape[1:] != geometry.box_shape:
+        scores = F.interpolate(
+            scores[None].float(), size=geometry.box_shape, mode="trilinear", align_corners=False
+        )[0]
+    # max(dim) is several times faster than argmax(dim) on the CPU (notes/speed.md)
+    inside = scores.max(dim=0).indices.to(torch.uint8).cpu().numpy()
+    labels = np.zeros(_extent(geometry.truth_box), np.uint8)
+    offset = np.subtract(geometry.box[0], geometry.truth_box[0])
+    labels[_slices((tuple(offset), tuple(offset + geometry.box_shape)))] = inside
+    return labels
+
+
+def _working_shape(geometry: Geometry, recipe: Recipe) -> Triple:
+    if recipe.mode == "resample":
+        return recipe.shape
+    millimetres = np.multiply(geometry.box_shape, geometry.spacing)
+    x, y, z = (max(1, round(float(length))) for length in millimetres)
+    return x, y, z
+
+
+def _normalise(volume: np.ndarray, how: str) -> np.ndarray:
+    volume = volume.astype(np.float32)
+    if how == "minmax":
+        low, high = float(volume.min()), float(volume.max())
+        return (volume - low) / max(high - low, 1e-6)
+    brain = volume != 0
+    values = volume[brain]
+    if values.size == 0:
+        return volume
+    mean, deviation = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
+    normalised = (volume - mean) / max(deviation, 1e-6)
+    normalised[~brain] = 0.0  # outside the brain there is nothing to normalise
+    # a lone bright voxel must not overflow fp16 or drown the rest
+    return np.clip(normalised, -20.0, 20.0, out=normalised)
+
+
+def _resize_image(volume: np.ndarray, target: Triple) -> np.ndarray:
+    if volume.shape == target:
+        return volume
+    # plain linear interpolation skips voxels when an axis shrinks to less than half: average there
+    shrinks = any(size >= 2 * new for size, new in zip(volume.shape, target, strict=True))
+    tensor = torch.from_numpy(np.ascontiguousarray(volume))[None, None]
+    if shrinks:
+        return F.interpolate(tensor, size=target, mode="area")[0, 0].numpy()
+    return F.interpolate(tensor, size=target, mode="trilinear", align_corners=False)[0, 0].numpy()
+
+
+def _resize_labels(labels: np.ndarray, target: Triple) -> np.ndarray:
+    if labels.shape == target:
+        return np.ascontiguousarray(labels)
+    tensor = torch.from_numpy(np.ascontiguousarray(labels))[None, None]
+    return F.interpolate(tensor, size=target, mode="nearest-exact")[0, 0].numpy()
+
+
+def _bounding_box(mask: np.ndarray) -> tuple[Triple, Triple]:
+    spans = []
+    for axis in range(3):
+        occupied = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
+        spans.append((int(occupied[0]), int(occupied[-1]) + 1))
+    (x0, x1), (y0, y1), (z0, z1) = spans
+    return (x0, y0, z0), (x1, y1, z1)
+
+
+def _mark(like: np.ndarray, box: tuple[Triple, Triple]) -> np.ndarray:
+    mask = np.zeros_like(like)
+    mask[_slices(box)] = True
+    return mask
+
+
+def _slices(box: tuple[Triple, Triple]) -> tuple[slice, slice, slice]:
+    (x0, y0, z0), (x1, y1, z1) = box
+    return slice(x0, x1), slice(y0, y1), slice(z0, z1)
+
+
+def _extent(box: tuple[Triple, Triple]) -> Triple:
+    (x0, y0, z0), (x1, y1, z1) = box
+    return x1 - x0, y1 - y0, z1 - z0
