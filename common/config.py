@@ -39,7 +39,7 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Preprocess(Section):
@@ -55,6 +55,8 @@ class Preprocess(Section):
 
 
 class Network(Section):
+    """The shared network, one of MONAI's."""
+
     name: Literal[
         "unet",
         "residual_unet",
@@ -120,7 +122,7 @@ class Rounds(Section):
         None, description="good replies a round needs; default: every training site"
     )
     plateau_patience: PositiveInt | None = Field(
-        10, description="rounds without a better validation loss before the rate is lowered"
+        10, description="rounds without a better validation loss that leave the rate as it is"
     )
     plateau_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
     stop_patience: PositiveInt | None = Field(
@@ -157,12 +159,22 @@ class FederationConfig(Section):
     """Everything the sites of one federation agree on."""
 
     name: str = Field("brats", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    preset: Literal["quick", "default", "reference"] = "default"
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
+    preset: Literal["quick", "default", "reference"] = Field(
+        "default", description="whose defaults the keys left out of this file take"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        1, description="same seed: same split, same initial weights and, on CPU, same metrics"
+    )
     modalities: tuple[str, ...] = MODALITIES
-    label_coding: Literal["auto", "brats", "brats2023", "brats2013", "msd"] = "auto"
-    on_bad_subject: Literal["refuse", "skip"] = "refuse"
-    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    label_coding: Literal["auto", "brats", "brats2023", "brats2013", "msd"] = Field(
+        "auto", description="auto tells BraTS 2017-2021 (ET 4) from 2023 (ET 3); declare the others"
+    )
+    on_bad_subject: Literal["refuse", "skip"] = Field(
+        "refuse", description="an unusable subject stops the run, or is left out and reported"
+    )
+    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.2, description="of each site's subjects, by a seeded hash of their ids; never trained on"
+    )
     split: Split = Split()
     preprocess: Preprocess = Preprocess()
     network: Network = Network()
@@ -190,8 +202,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "held_out_fraction": 0.3,
         "preprocess": {"mode": "resample", "shape": (48, 48, 48)},
         "network": {"channels": (8, 16, 32, 64, 128)},
-        "training": {"learning_rate": 2e-3, "augment": {"elastic_probability": 0.0}},
-        "rounds": {"number": 10},
+        "training": {
+            "epochs": 4,
+            "learning_rate": 5e-3,
+            "augment": {"affine_probability": 0.15, "elastic_probability": 0.0},
+        },
+        "rounds": {"number": 12},
     },
     # recommended: native 1 mm, patches, instance norm
     "default": {},
@@ -224,41 +240,15 @@ def load_config(
     source = str(path) if path else "the command line"
     given: dict[str, Any] = {}
     if path is not None:
-        try:
-            given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: is not valid YAML: {_first_line(error)}") from error
-        if not isinstance(given, dict):
-            raise ConfigError(
-                f"{path}: must hold `key: value` lines, found a {type(given).__name__}."
-            )
+        given = _anchored(_read(path), path.parent)
     for text in assign:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"{text!r}: write section.key=value, for example training.epochs=2")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{text!r}: the value is not valid YAML.") from error
-        leaf: dict[str, Any] = {}
-        nested = leaf
-        *sections, last = key.split(".")
-        for section in sections:
-            nested = nested.setdefault(section, {})
-        nested[last] = parsed
-        given = _merged(given, leaf)
+        given = _merged(given, _anchored(_assignment(text), Path.cwd()))
     if preset is not None:
         given["preset"] = preset
     chosen = given.get("preset", "default")
-    if chosen not in PRESETS:
+    if not isinstance(chosen, str) or chosen not in PRESETS:
         raise ConfigError(f"{source}: preset {chosen!r} is not one of {', '.join(PRESETS)}.")
-    config = _validated(_merged(PRESETS[chosen], given), source)
-    if path is not None and config.split.file is not None and not config.split.file.is_absolute():
-        beside = {"split": {"file": path.parent / config.split.file}}  # relative to the file itself
-        config = _validated(_merged(PRESETS[chosen], _merged(given, beside)), source)
-    return config
+    return _validated(_merged(PRESETS[chosen], given), source)
 
 
 def dump_config(config: FederationConfig) -> str:
@@ -266,26 +256,129 @@ def dump_config(config: FederationConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as usual, but a key given twice is refused; otherwise the last would win in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key `{key.value}` is given twice",
+                        problem_mark=key.start_mark,
+                    )
+                seen.add(key.value)
+        return node
+
+
+def _parse(text: str) -> Any:
+    """Raises ConfigError, whose text says what is wrong and in which line."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"is not valid YAML{line}: {error.problem or error.context}.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: the 13th month
+        raise ConfigError(f"is not valid YAML: {str(error).splitlines()[0]}.") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        given = _parse(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not a text file in UTF-8.") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(given, dict):
+        raise ConfigError(f"{path}: must hold `key: value` lines, found a {type(given).__name__}.")
+    return given
+
+
+def _assignment(text: str) -> dict[str, Any]:
+    """`section.key=value` as nested dicts."""
+    key, equals, value = text.partition("=")
+    names = [name.strip() for name in key.split(".")]
+    if not equals or not all(names):
+        raise ConfigError(f"{text!r}: write section.key=value, for example training.epochs=2")
+    try:
+        nested: Any = _parse(value)
+    except ConfigError as error:
+        raise ConfigError(f"{text!r}: the value {error}") from error
+    for name in reversed(names):
+        nested = {name: nested}
+    return dict(nested)
+
+
+def _anchored(given: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A relative `split.file` is meant from `folder`, and must mean the same in a copy elsewhere."""
+    split = given.get("split")
+    if isinstance(split, dict) and isinstance(split.get("file"), str):
+        path = folder / Path(split["file"]).expanduser()
+        return _merged(given, {"split": {"file": str(path.absolute())}})
+    return given
+
+
+def commented(config: FederationConfig) -> str:
+    """As `dump_config`, with what each key means above it: a file to start from."""
+    return "\n".join(_commented(config, 0)) + "\n"
+
+
+def _commented(section: BaseModel, depth: int) -> list[str]:
+    lines = []
+    for name, field in type(section).model_fields.items():
+        indent, value = "  " * depth, getattr(section, name)
+        if isinstance(value, BaseModel):
+            about = (type(value).__doc__ or "").strip().splitlines()
+            lines += [f"{indent}# {about[0]}"] if about else []
+            lines += [f"{indent}{name}:", *_commented(value, depth + 1)]
+            continue
+        if field.description:
+            lines.append(f"{indent}# {field.description}")
+        plain = section.model_dump(mode="json", include={name})[name]
+        text = yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("...\n")
+        lines.append(f"{indent}{name}: {text.strip()}")
+    return lines
+
+
 def _validated(values: Mapping[str, Any], source: str) -> FederationConfig:
     try:
         return FederationConfig.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors(include_url=False)]
-        raise ConfigError(
-            "\n".join(f"{source}: {line}" for line in dict.fromkeys(lines))
-        ) from error
+        lines = "\n".join(f"{source}: {line}" for line in _explained(error))
+        raise ConfigError(lines) from error
 
 
-def _explain(problem: Mapping[str, Any]) -> str:
-    location = [part for part in problem["loc"] if isinstance(part, str)]
-    key = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        names = _field_names(location[:-1])
-        near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
-        hint = f"did you mean `{near[0]}`?" if near else f"valid here: {', '.join(names)}."
-        return f"`{key}` is not a known key; {hint}"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"`{key or 'file'}`: {message} (found {problem['input']!r})"
+WORDS = {  # pydantic's own words for these are a programmer's
+    "model_type": "must hold `key: value` lines",
+    "tuple_type": "must be a list",
+    "missing": "has too few values",
+}
+
+
+def _explained(error: ValidationError) -> list[str]:
+    """One line for each key; where a value may have several forms, what is wrong with it in each."""
+    unknown = []
+    wrong: dict[str, dict[str, Any]] = {}
+    for problem in error.errors(include_url=False):
+        location = [str(part) for part in problem["loc"]]
+        if problem["type"] in ("extra_forbidden", "invalid_key"):
+            names = _field_names(location[:-1])
+            near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
+            hint = f"did you mean `{near[0]}`?" if near else f"valid here: {', '.join(names)}."
+            unknown.append(f"`{'.'.join(location)}` is not a known key; {hint}")
+            continue
+        while len(location) > 1 and location[-1] not in _field_names(location[:-1]):
+            location.pop()  # a position in a list, or pydantic's name for one of several forms
+        message = WORDS.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+        wrong.setdefault(".".join(location), {}).setdefault(message, problem["input"])
+    return unknown + [
+        f"`{key}`: {', or '.join(messages)} (found {next(iter(messages.values()))!r})"
+        for key, messages in wrong.items()
+    ]
 
 
 def _field_names(location: Sequence[str]) -> list[str]:
@@ -307,7 +400,3 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         else:
             result[key] = value
     return result
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

@@ -52,12 +52,13 @@ def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on `path` for as long as the block runs; it ends with the process.
 
     Raises:
-        AlreadyInUse: another process holds it; the text names the file and that process.
+        AlreadyInUse: another process holds it; the text names the folder and that process.
+        OSError: the file cannot be written, or its file system has no locks.
     """
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise AlreadyInUse(

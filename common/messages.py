@@ -78,7 +78,7 @@ def pack_site_card(card: SiteCard) -> RecordDict:
 
 def unpack_site_card(content: RecordDict) -> SiteCard:
     record = _record(content, "card", ConfigRecord)
-    return SiteCard(
+    card = SiteCard(
         site=_value(record, "site", str),
         trains=_value(record, "trains", bool),
         n_training=_value(record, "n_training", int),
@@ -86,6 +86,11 @@ def unpack_site_card(content: RecordDict) -> SiteCard:
         n_left_out=_value(record, "n_left_out", int),
         config_fingerprint=_value(record, "config_fingerprint", str),
     )
+    if min(card.n_training, card.n_held_out, card.n_left_out) < 0:
+        raise BadMessage("a number of subjects is negative.")
+    if card.trains and card.n_training == 0:
+        raise BadMessage("the site says that it trains, on no subject.")
+    return card
 
 
 def pack_train_task(task: TrainTask) -> RecordDict:
@@ -146,16 +151,19 @@ def pack_site_report(report: SiteReport) -> RecordDict:
 
 def unpack_site_report(content: RecordDict) -> SiteReport:
     record = _record(content, "about", ConfigRecord)
-    means = dict(_record(content, "means", MetricRecord))
-    defined = dict(_record(content, "defined", MetricRecord))
-    n = defined.pop("n", None)
-    if not isinstance(n, int):
-        raise BadMessage("the report does not say over how many subjects it is.")
+    means = _record(content, "means", MetricRecord)
+    counts = _record(content, "defined", MetricRecord)
+    n = _value(counts, "n", int)
+    defined = {name: _value(counts, name, int) for name in means}
+    if any(not 0 <= count <= n for count in defined.values()):
+        raise BadMessage(f"a mean is over fewer than 0 or more than all {n} subjects.")
     return SiteReport(
         site=_value(record, "site", str),
         round=_value(record, "round", int),
         seconds=_value(record, "seconds", float),
-        metrics=SiteMetrics(n=n, means=means, defined=defined),
+        metrics=SiteMetrics(
+            n=n, means={name: _value(means, name, float) for name in means}, defined=defined
+        ),
     )
 
 
@@ -185,5 +193,5 @@ def _value(record: Mapping[str, Any], name: str, kind: type) -> Any:
     value = record.get(name)
     # bool is an int in Python, not here
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise BadMessage(f"{name!r} must be a {kind.__name__}, found a {type(value).__name__}.")
+        raise BadMessage(f"{name!r} must be of type {kind.__name__}, found {type(value).__name__}.")
     return value

@@ -23,6 +23,7 @@ averaging over sites.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -120,13 +121,15 @@ def hd95(
     # Imported here because only this function needs MONAI, which takes seconds to load.
     from monai.metrics import compute_hausdorff_distance
 
-    distance = compute_hausdorff_distance(
-        prediction[None, None],
-        truth[None, None],
-        include_background=True,
-        percentile=95,
-        spacing=[float(step) for step in spacing],
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.6 warns of its own call
+        distance = compute_hausdorff_distance(
+            prediction[None, None],
+            truth[None, None],
+            include_background=True,
+            percentile=95,
+            spacing=[float(step) for step in spacing],
+        )
     return float(distance)
 
 

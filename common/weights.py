@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -48,11 +48,14 @@ def load_weights(path: Path) -> tuple[Weights, dict[str, object]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+        about = json.loads(metadata.get("fedbrats", "{}"))
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise BadWeights(
             f"{path}: is not a readable safetensors file ({type(error).__name__})."
         ) from error
-    return weights, json.loads(metadata.get("fedbrats", "{}"))
+    if not isinstance(about, dict):
+        raise BadWeights(f"{path}: what it says about itself is not a JSON object.")
+    return weights, about
 
 
 def check_update(update: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor]) -> None:
@@ -63,10 +66,7 @@ def check_update(update: Mapping[str, torch.Tensor], model: Mapping[str, torch.T
     """
     missing, extra = model.keys() - update.keys(), update.keys() - model.keys()
     if missing or extra:
-        wrong = ", ".join(sorted(missing)[:3] or sorted(extra)[:3])
-        raise BadWeights(
-            f"the update lacks {len(missing)} and adds {len(extra)} tensors ({wrong}, ...)."
-        )
+        raise BadWeights(f"the update lacks {_named(missing)} and adds {_named(extra)}.")
     for name, tensor in model.items():
         got = update[name]
         if got.shape != tensor.shape or got.dtype != tensor.dtype:
@@ -76,6 +76,11 @@ def check_update(update: Mapping[str, torch.Tensor], model: Mapping[str, torch.T
             )
         if not bool(torch.isfinite(got).all()):
             raise BadWeights(f"tensor {name} holds values that are not finite.")
+
+
+def _named(tensors: Collection[str]) -> str:
+    shown = [*sorted(tensors)[:3], *(["..."] if len(tensors) > 3 else [])]
+    return f"{len(tensors)} tensors ({', '.join(shown)})" if tensors else "no tensor"
 
 
 def byte_count(weights: Mapping[str, torch.Tensor]) -> int:

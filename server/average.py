@@ -11,8 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from common.weights import Weights
 
+BLOCK = 16_384  # values converted to float64 at a time: in the cache, and too few for torch to start threads
 
 @dataclass
 class WeightedSum:
@@ -31,10 +34,13 @@ def add(running: WeightedSum | None, weights: Weights, weight: float) -> Weighte
     if not weight > 0:
         raise ValueError(f"a site's weight must be positive, found {weight}.")
     if running is None:
-        sums = {name: tensor.double().mul_(weight) for name, tensor in weights.items()}
-        return WeightedSum(sums, weight)
+        zeros = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in weights.items()}
+        running = WeightedSum(zeros, 0.0)
+    block = torch.empty(BLOCK, dtype=torch.float64)
     for name, tensor in weights.items():
-        running.sums[name].add_(tensor.double(), alpha=weight)
+        into, values = running.sums[name].view(-1).split(BLOCK), tensor.reshape(-1).split(BLOCK)
+        for total, part in zip(into, values, strict=True):
+            total.add_(block[: len(part)].copy_(part), alpha=weight)
     running.total += weight
     return running
 
@@ -42,11 +48,12 @@ def add(running: WeightedSum | None, weights: Weights, weight: float) -> Weighte
 def mean(running: WeightedSum, like: Weights) -> Weights:
     """The weighted mean, each tensor with the type it has in `like`.
 
-    Integer buffers (BatchNorm's counters) are rounded, not turned into floats.
+    Integer buffers (BatchNorm's counters) are rounded, not turned into floats. The running state is
+    used up: each sum is released as soon as its mean is there.
     """
     result: Weights = {}
-    for name, total in running.sums.items():
-        average = total / running.total
+    for name in list(running.sums):
+        average = running.sums.pop(name).div_(running.total)
         dtype = like[name].dtype
-        result[name] = (average if dtype.is_floating_point else average.round()).to(dtype)
+        result[name] = (average if dtype.is_floating_point else average.round_()).to(dtype)
     return result

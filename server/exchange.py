@@ -29,14 +29,17 @@ def answers(
         if message_id is None:
             yield key, "the message could not be sent."
             continue
-        reply = _await(grid, message_id)
-        if reply.has_error():
-            yield key, reply.error.reason
-            continue
-        try:
-            yield key, unpack(reply.content)
-        except BadMessage as error:
-            yield key, f"its reply cannot be used: {error}"
+        yield key, _answer(_await(grid, message_id), unpack)
+
+
+def _answer(reply: Message, unpack: Callable[[RecordDict], Answer]) -> Answer | str:
+    """A function of its own, so that no reply outlives its turn: each holds a whole model."""
+    if reply.has_error():
+        return str(reply.error.reason)
+    try:
+        return unpack(reply.content)
+    except BadMessage as error:
+        return f"its reply cannot be used: {error}"
 
 
 def _await(grid: Grid, message_id: str) -> Message:

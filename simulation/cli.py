@@ -203,10 +203,10 @@ def results(
 @app.command(name="config")
 def show_config(preset: Preset = None, assign: Assign = None) -> None:
     """Print a federation.yaml with every key, to edit and pass to `run --config`."""
-    from common.config import dump_config, load_config
+    from common.config import commented, load_config
 
     with _failing_in_words():
-        print(dump_config(load_config(preset=preset, assign=assign or ())), end="")
+        print(commented(load_config(preset=preset, assign=assign or ())), end="")
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from client.app import app as client_app
 from common.config import ConfigError, FederationConfig, dump_config, load_config
 from common.files import locked, write_text_atomically
+from common.model import network_for
 from server.app import app as server_app
 from server.checkpoint import RunFolder
 from server.history import History
@@ -50,6 +51,7 @@ def simulate(
         AlreadyInUse: another process is running in `out`.
         UnusableData, SplitError, CacheError, FederationFailed, BadWeights: as their modules say.
     """
+    _require_buildable(config)
     folder = claim_folder(out, config)
     with locked(folder.lock):
         cohort = assemble(data, config, cache or out / "cache")
@@ -61,6 +63,14 @@ def simulate(
             write_text_atomically(out / "results.json", _results_json(history, result, data))
             write_text_atomically(out / "results.csv", _results_csv(history))
     return result
+
+
+def _require_buildable(config: FederationConfig) -> None:
+    """Widths, sizes and norm must fit the network before hours go into preparing data."""
+    try:
+        network_for(config)
+    except ValueError as error:
+        raise ConfigError(f"network `{config.network.name}`: {error}") from error
 
 
 def claim_folder(out: Path, config: FederationConfig) -> RunFolder:

@@ -80,7 +80,7 @@ class Prepared:
 def prepare(scan: Scan, recipe: Recipe) -> Prepared:
     """Crop, normalise and bring to the working grid."""
     volumes = [scan.images[modality] for modality in recipe.modalities]
-    brain = np.zeros(volumes[0].shape, bool)
+    brain: np.ndarray = np.zeros(volumes[0].shape, bool)
     for volume in volumes:
         brain |= volume != 0
     box = _bounding_box(brain)

@@ -30,7 +30,7 @@ _DEFLATE_LIMIT = 1032  # no deflate stream expands further (zlib's technical not
 # Software names itself in these fields, and dcm2niix an echo time; a person's data looks like this:
 # DICOM's SURNAME^GIVEN or Surname, Given, an announcing word, a long number, a full date.
 _PERSONAL = re.compile(
-    rb"[a-z]\^[a-z]|\b(?:patient|pat|pid|mrn|dob|born|birth\w*|name)\b|\d{7}"
+    rb"[a-z]\^[a-z]|\b(?:patient\w*|pat_?(?:id|name)?|pid|mrn|dob|born|birth\w*|name)\b|\d{7}"
     rb"|(?-i:\b[A-Z][a-z]+, ?[A-Z][a-z]+\b)"
     rb"|\b(?:19|20)\d\d[./-]\d\d?[./-]\d\d?\b|\b\d\d?[./-]\d\d?[./-](?:19|20)\d\d\b",
     re.IGNORECASE,

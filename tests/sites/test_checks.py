@@ -6,11 +6,8 @@ A subject is written with nibabel from arrays that this file makes itself, then 
 from __future__ import annotations
 
 import gzip
-import random
 import shutil
 import struct
-import tracemalloc
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -309,6 +306,11 @@ def copied(folder: Path) -> None:
         shutil.copy(path, other / path.name.replace("001", "002"))
 
 
+def link_to_nowhere(folder: Path) -> None:
+    of(folder, "t1").unlink()
+    of(folder, "t1").symlink_to("gone")
+
+
 ACCEPTED = {
     "reference": nothing,
     "no enhancing tumour": no_enhancing,
@@ -384,8 +386,13 @@ REFUSED = {
         "implausible-spacing",
         "t1.nii.gz",
     ),
+    "two files, one elsewhere": (
+        lambda f: save(f / f"{ID}_t1.nii", image("t1"), RAS) and None,
+        "two-different-files",
+        "t1.nii",
+    ),
     "link to nowhere": (
-        lambda f: (of(f, "t1").unlink(), of(f, "t1").symlink_to("gone")) and None,
+        link_to_nowhere,
         "unreadable",
         "t1.nii.gz",
     ),
@@ -474,39 +481,6 @@ def test_an_unneeded_modality_is_not_even_read(tmp_path):
     assert findings == []
 
 
-@pytest.mark.parametrize(
-    ("coding", "in_file", "in_system"),
-    [
-        ("brats2013", (1, 2, 3, 4), (1, 2, 1, 3)),
-        ("msd", (1, 2, 3), (2, 1, 3)),
-        ("brats2023", (1, 2, 3), (1, 2, 3)),
-        ("brats", (1, 2, 4), (1, 2, 3)),
-    ],
-)
-def test_declared_codings(tmp_path, coding, in_file, in_system):
-    folder = write_subject(tmp_path)
-    seg, expected = np.zeros(SHAPE, np.uint8), np.zeros(SHAPE, np.uint8)
-    seg[8 : 8 + len(in_file), 12, 9], expected[8 : 8 + len(in_file), 12, 9] = in_file, in_system
-    save(of(folder, "seg"), seg)
-    (scan,), findings = inspect(tmp_path, coding=coding)
-    assert findings == []
-    np.testing.assert_array_equal(scan.labels, expected)
-
-
-@pytest.mark.parametrize(("coding", "label"), [("brats", 3), ("brats2023", 4), ("msd", 4)])
-def test_a_declared_coding_refuses_labels_of_another(tmp_path, coding, label):
-    save(of(write_subject(tmp_path), "seg"), tumour((1, 2, label)))
-    _, (finding,) = inspect(tmp_path, coding=coding)
-    assert (finding.code, finding.severity) == ("unknown-label", "error")
-    assert f"label {label}" in finding.what
-
-
-def test_two_labels_that_cannot_be_told_apart_come_with_the_way_out(tmp_path):
-    with_labels(3)(write_subject(tmp_path))
-    _, (finding,) = inspect(tmp_path)
-    assert "label_coding: brats2013" in finding.remedy
-
-
 def test_without_a_majority_both_files_are_named(tmp_path):
     folder = write_subject(tmp_path)
     save(of(folder, "flair"), image("flair")[:, :-1])
@@ -521,6 +495,16 @@ def test_without_a_majority_both_files_are_named(tmp_path):
     _, (finding,) = inspect(tmp_path, **options)
     assert finding.code == "affine-mismatch"
     assert finding.file == f"{ID}_t1ce.nii.gz, {ID}_flair.nii.gz"
+
+
+def test_two_against_two_is_no_majority(tmp_path):
+    folder = write_subject(tmp_path)
+    of(folder, "seg").unlink()
+    for role in ("t1ce", "t2"):
+        save(of(folder, role), image(role)[:, :-1])
+    _, (finding,) = inspect(tmp_path, require_labels=False)
+    assert finding.code == "shape-mismatch"
+    assert finding.file.split(", ") == [of(folder, role).name for role in MODALITIES]
 
 
 def test_every_problem_is_reported_at_once(tmp_path):
@@ -553,29 +537,6 @@ def test_ragged_brain_edges_are_not_taken_for_mirroring(tmp_path):
     assert findings == []
 
 
-@pytest.mark.parametrize("axes", ["RAS", "LAS", "PSL", "SRP", "IPR"])
-def test_any_orientation_is_turned_and_affines_lead_back_to_the_file(tmp_path, axes):
-    folder = write_subject(tmp_path)
-    turn = nibabel.orientations.axcodes2ornt(axes)
-    for role in (*MODALITIES, "seg"):
-        plain = nibabel.load(of(folder, role))
-        start = nibabel.io_orientation(plain.affine)
-        nibabel.save(
-            plain.as_reoriented(nibabel.orientations.ornt_transform(start, turn)), of(folder, role)
-        )
-    (scan,), (finding,) = inspect(tmp_path)
-    assert finding.code == "unusual-orientation"
-    assert axes in finding.what
-    for modality in MODALITIES:
-        np.testing.assert_array_equal(scan.images[modality], image(modality))
-    np.testing.assert_array_equal(scan.labels, tumour((1, 2, 3)))
-    # nibabel finds the same voxel at the same place in space
-    there = nibabel.load(of(folder, "t1"))
-    assert scan.file_shape == there.shape
-    np.testing.assert_allclose(scan.file_affine, there.affine)
-    np.testing.assert_allclose(scan.affine, nibabel.as_closest_canonical(there).affine)
-
-
 def test_integers_stay_integers_and_memory_is_dense(tmp_path):
     write_subject(tmp_path)
     (scan,), _ = inspect(tmp_path)
@@ -584,101 +545,21 @@ def test_integers_stay_integers_and_memory_is_dense(tmp_path):
     assert {v.dtype for v in scan.images.values()} == {np.dtype(np.int16)}
 
 
-# ------------------------------------------------------------------------------------ hostile files
-
-
-@pytest.mark.parametrize("edge", [32000, 500])
-def test_a_header_bomb_costs_no_memory(tmp_path, edge):
-    folder = write_subject(tmp_path)
-    patch(of(folder, "t1"), 40, struct.pack("<4h", 3, edge, edge, edge))
-    tracemalloc.start()
-    inspect(tmp_path, modalities=("t1",), require_labels=False)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 4e6
-
-
-def test_a_gzip_bomb_behind_a_sound_header_is_not_unpacked(tmp_path):
-    path = of(write_subject(tmp_path), "t1")
-    raw = gzip.decompress(path.read_bytes())
-    path.write_bytes(gzip.compress(raw, 1) + gzip.compress(bytes(200_000_000), 1))
-    tracemalloc.start()
-    _, findings = inspect(tmp_path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert [f.code for f in findings] == ["surplus-voxels"]
-    assert peak < 8e6
-
-
 def test_texts_hold_nothing_of_the_header(tmp_path, capfd, caplog):
     """Neither findings nor logs, even where nibabel itself would complain about the header."""
     folder = write_subject(tmp_path)
     named_in_header(folder)
     patch(of(folder, "flair"), 228, b"SECRET_AUX")
-    patch(of(folder, "t1"), 76, struct.pack("<f", 7.5))  # qfac, which nibabel would repair and log
+    patch(of(folder, "t1"), 80, struct.pack("<f", -7.5))  # nibabel would repair and log it
     patch(of(folder, "t1"), 252, struct.pack("<hh", 1, 0))
     patch(of(folder, "t1"), 148, b"MUSTERMANN^ERIKA")
     _, findings = inspect(tmp_path)
     assert {f.code for f in findings} == {"personal-text", "bad-affine"}
     streams = capfd.readouterr()
-    text = "".join(str(f.as_dict()) for f in findings) + streams.out + streams.err + caplog.text
+    assert streams.out + streams.err + caplog.text == ""
+    text = "".join(str(f.as_dict()) for f in findings)
     for secret in ("MUSTERMANN", "ERIKA", "1964", "SECRET", "7.5"):
         assert secret not in text
-
-
-def test_text_of_imaging_software_is_no_person(tmp_path):
-    folder = write_subject(tmp_path)
-    texts = [b"FSL5.0.10", b"TE=2.6;Time=123035.000;phase=1", b"SPM - 3D normalized", b"ITK 5.3"]
-    for role, text in zip(MODALITIES, texts, strict=True):
-        patch(of(folder, role), 148, text)
-    assert inspect(tmp_path)[1] == []
-
-
-@pytest.mark.parametrize("text", [b"Mustermann, Erika", b"dob 12.8.1964", b"1964-08-12", b"MRN 12"])
-def test_text_about_a_person_is_found_in_extensions_too(tmp_path, text):
-    path = of(write_subject(tmp_path), "t1")
-    picture = nibabel.load(path)
-    picture.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", text))
-    nibabel.save(picture, path)
-    (scan,), (finding,) = inspect(tmp_path)
-    assert (finding.code, finding.file) == ("personal-text", path.name)
-    np.testing.assert_array_equal(scan.images["t1"], image("t1"))
-
-
-def test_damaged_bytes_never_raise_and_never_change_voxels_unseen(tmp_path):
-    """Random damage to a compressed file is either refused or left every voxel as it was."""
-    path = of(write_subject(tmp_path), "t1")
-    sound, rng = path.read_bytes(), random.Random(1)
-    refused = 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(150):
-            damaged = bytearray(sound)
-            for _ in range(rng.choice([1, 1, 3, 20])):
-                damaged[rng.randrange(len(damaged))] ^= rng.randrange(1, 256)
-            path.write_bytes(damaged[: rng.choice([None, None, rng.randrange(len(damaged))])])
-            scans, findings = inspect(tmp_path, modalities=("t1",), require_labels=False)
-            refused += not scans
-            for scan in scans:
-                np.testing.assert_array_equal(scan.images["t1"], image("t1"))
-            assert {f.file for f in findings} <= {path.name}
-    assert refused > 100
-
-
-def test_nonsense_headers_never_raise(tmp_path):
-    path = of(write_subject(tmp_path), "t1")
-    sound, rng = gzip.decompress(path.read_bytes()), random.Random(2)
-    codes = set()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(400):
-            damaged = bytearray(sound)
-            for _ in range(rng.choice([1, 2, 5, 40])):
-                damaged[rng.randrange(352)] = rng.choice([0, 127, 128, 255, rng.randrange(256)])
-            path.write_bytes(gzip.compress(bytes(damaged), 0))
-            _, findings = inspect(tmp_path, modalities=("t1",), require_labels=False)
-            codes |= {f.code for f in findings}
-    assert {"not-nifti", "bad-header", "bad-affine", "bad-datatype", "too-large"} <= codes
 
 
 # --------------------------------------------------------------------------------------- real scans
