@@ -108,7 +108,7 @@ def check(
         document = summary | {"findings": [f.as_dict() for f in findings]}
         print(json.dumps(document, indent=2))
     else:
-        _print_table(findings)
+        print_findings(findings)
         print(
             f"{_printable(name)}: {n_subjects} subjects, {summary['usable']} usable, "
             f"{summary['errors']} errors, {summary['warnings']} warnings"
@@ -139,7 +139,8 @@ def _modalities(text: str) -> tuple[str, ...]:
     return tuple(m for m in MODALITIES if m in names)
 
 
-def _print_table(findings: Sequence[Finding]) -> None:
+def print_findings(findings: Sequence[Finding]) -> None:
+    """A table on standard output; nothing is cut, and without a terminal nothing is wrapped."""
     if not findings:
         return
     from rich.box import ASCII2, ROUNDED

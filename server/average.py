@@ -17,6 +17,7 @@ from common.weights import Weights
 
 BLOCK = 16_384  # values converted to float64 at a time: in the cache, and too few for torch to start threads
 
+
 @dataclass
 class WeightedSum:
     """Running state: float64 sums by tensor name, and the total weight so far."""

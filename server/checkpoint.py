@@ -67,8 +67,12 @@ def load_checkpoint(folder: RunFolder, round_: int, sha256: str) -> Weights:
 
 
 def prune_checkpoints(folder: RunFolder, keep: Collection[int]) -> None:
-    """Delete the checkpoints of all other rounds."""
+    """Delete the checkpoints of all other rounds, and what a killed run left half written.
+
+    Only for the process that holds the run folder's lock.
+    """
     kept = {folder.checkpoint(round_).name for round_ in keep}
-    for path in (folder.path / "checkpoints").glob("round-*.safetensors"):
-        if path.name not in kept:
-            path.unlink()
+    for pattern in ("round-*.safetensors", ".round-*.tmp"):
+        for path in (folder.path / "checkpoints").glob(pattern):
+            if path.name not in kept:
+                path.unlink()

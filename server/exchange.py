@@ -35,7 +35,7 @@ def answers(
 def _answer(reply: Message, unpack: Callable[[RecordDict], Answer]) -> Answer | str:
     """A function of its own, so that no reply outlives its turn: each holds a whole model."""
     if reply.has_error():
-        return str(reply.error.reason)
+        return reply.error.reason or f"it failed without a reason (code {reply.error.code})."
     try:
         return unpack(reply.content)
     except BadMessage as error:

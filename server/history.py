@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from common.messages import SiteCard
 from common.metrics import SiteMetrics, mean_dice
@@ -33,9 +35,14 @@ CREATE TABLE IF NOT EXISTS metrics (
     round INTEGER, site TEXT, key TEXT, mean REAL, defined INTEGER, n INTEGER,
     stage TEXT NOT NULL, PRIMARY KEY (stage, round, site, key)
 );
+CREATE TABLE IF NOT EXISTS unmeasured (stage TEXT, round INTEGER, site TEXT, reason TEXT);
 CREATE TABLE IF NOT EXISTS failures (round INTEGER, site TEXT, reason TEXT);
 """
 ROUND, FINAL = "round", "final"  # stages: after each round, and the chosen model at the end
+
+
+class HistoryError(RuntimeError):
+    """The database cannot be read or written; the text names the file and SQLite's reason."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,10 @@ class Contribution:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """One complete round. `metrics` holds the sites that reported; `loss` is over all their subjects."""
+    """One complete round. `metrics` holds the sites that reported; `loss` is over all their subjects.
+
+    `unmeasured` says of a site that should have reported why it did not.
+    """
 
     round: int
     learning_rate: float
@@ -63,6 +73,7 @@ class RoundRecord:
     sha256: str
     contributions: tuple[Contribution, ...]
     metrics: dict[str, SiteMetrics]
+    unmeasured: dict[str, str] = field(default_factory=dict)
 
     @property
     def mean_dice(self) -> float:
@@ -77,12 +88,13 @@ class RoundRecord:
 
 
 class History:
-    """The open database; use it as a context manager."""
+    """The open database; use it as a context manager. Every method may raise HistoryError."""
 
     def __init__(self, path: Path) -> None:
-        self._database = sqlite3.connect(path, timeout=60)
-        self._database.execute("PRAGMA synchronous = FULL")
-        with self._database:
+        self._path = path
+        with self._in_words():
+            self._database = sqlite3.connect(path, timeout=60)
+            self._database.execute("PRAGMA synchronous = FULL")
             self._database.executescript(SCHEMA)
 
     def __enter__(self) -> History:
@@ -98,28 +110,30 @@ class History:
 
     def note(self, key: str, value: object) -> None:
         """Keep one fact about the run, replacing an earlier one of that name."""
-        with self._database as db:
+        with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, json.dumps(value)))
 
     def noted(self, key: str) -> object | None:
-        row = self._database.execute("SELECT value FROM run WHERE key = ?", (key,)).fetchone()
-        return json.loads(row[0]) if row else None
+        rows = self._read("SELECT value FROM run WHERE key = ?", key)
+        return json.loads(rows[0][0]) if rows else None
 
     def record_sites(self, cards: Sequence[SiteCard]) -> None:
-        with self._database as db:
+        """Who takes part, in place of whom an earlier attempt had."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM sites")
             db.executemany(
-                "INSERT OR REPLACE INTO sites VALUES (?, ?, ?, ?, ?)",
+                "INSERT INTO sites VALUES (?, ?, ?, ?, ?)",
                 [(c.site, c.trains, c.n_training, c.n_held_out, c.n_left_out) for c in cards],
             )
 
     def sites(self) -> list[SiteCard]:
-        rows = self._database.execute("SELECT * FROM sites ORDER BY site")
+        rows = self._read("SELECT * FROM sites ORDER BY site")
         return [SiteCard(s, bool(t), n, h, left, "") for s, t, n, h, left in rows]
 
     def record_round(self, record: RoundRecord) -> None:
         """All of a round, or nothing of it."""
         r = record
-        with self._database as db:
+        with self._transaction() as db:
             db.execute(
                 "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?)",
                 (r.round, r.learning_rate, r.seconds, r.loss, r.checkpoint, r.sha256),
@@ -128,34 +142,46 @@ class History:
                 "INSERT INTO contributions VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 [(r.round, *vars(c).values()) for c in r.contributions],
             )
-            self._insert_metrics(ROUND, r.round, r.metrics)
+            self._insert_metrics(ROUND, r.round, r.metrics, r.unmeasured)
+            db.execute("DELETE FROM failures")  # overcome
 
-    def record_final(self, round_: int, metrics: dict[str, SiteMetrics]) -> None:
+    def record_final(
+        self, round_: int, metrics: dict[str, SiteMetrics], unmeasured: Mapping[str, str]
+    ) -> None:
         """The metrics of the chosen model (that of `round_`), HD95 included."""
-        with self._database as db:
+        with self._transaction() as db:
             db.execute("DELETE FROM metrics WHERE stage = ?", (FINAL,))
-            self._insert_metrics(FINAL, round_, metrics)
+            db.execute("DELETE FROM unmeasured WHERE stage = ?", (FINAL,))
+            self._insert_metrics(FINAL, round_, metrics, unmeasured)
+            db.execute("DELETE FROM failures")
 
     def final(self) -> tuple[int, dict[str, SiteMetrics]] | None:
-        row = self._database.execute(
-            "SELECT round FROM metrics WHERE stage = ? LIMIT 1", (FINAL,)
-        ).fetchone()
-        return (row[0], self._metrics(FINAL, row[0])) if row else None
+        rows = self._read("SELECT round FROM metrics WHERE stage = ? LIMIT 1", FINAL)
+        return (rows[0][0], self._metrics(FINAL, rows[0][0])) if rows else None
 
-    def record_failure(self, round_: int, reasons: dict[str, str]) -> None:
+    def final_unmeasured(self) -> dict[str, str]:
+        """Why a site has no metrics of the chosen model, by site."""
+        return dict(self._read("SELECT site, reason FROM unmeasured WHERE stage = ?", FINAL))
+
+    def record_failure(self, round_: int, reasons: Mapping[str, str]) -> None:
         """Why a round could not be completed; the round itself stays unrecorded."""
-        with self._database as db:
+        with self._transaction() as db:
+            db.execute("DELETE FROM failures")
             db.executemany(
                 "INSERT INTO failures VALUES (?, ?, ?)",
                 [(round_, site, reason) for site, reason in reasons.items()],
             )
 
+    def failures(self) -> list[tuple[int, str, str]]:
+        """Round, site and reason of what last stopped the run; empty once it got further."""
+        return self._read("SELECT round, site, reason FROM failures ORDER BY site")
+
     def rounds(self) -> list[RoundRecord]:
         """Every complete round, in order."""
-        rows = self._database.execute(
+        rows = self._read(
             "SELECT round, learning_rate, seconds, loss, checkpoint, sha256"
             " FROM rounds ORDER BY round"
-        ).fetchall()
+        )
         return [
             RoundRecord(
                 number,
@@ -166,11 +192,24 @@ class History:
                 sha256,
                 contributions=self._contributions(number),
                 metrics=self._metrics(ROUND, number),
+                unmeasured=dict(
+                    self._read(
+                        "SELECT site, reason FROM unmeasured WHERE stage = ? AND round = ?",
+                        ROUND,
+                        number,
+                    )
+                ),
             )
             for number, rate, seconds, loss, checkpoint, sha256 in rows
         ]
 
-    def _insert_metrics(self, stage: str, round_: int, metrics: dict[str, SiteMetrics]) -> None:
+    def _insert_metrics(
+        self,
+        stage: str,
+        round_: int,
+        metrics: dict[str, SiteMetrics],
+        unmeasured: Mapping[str, str],
+    ) -> None:
         self._database.executemany(
             "INSERT INTO metrics VALUES (?, ?, ?, ?, ?, ?, ?)",
             [
@@ -179,20 +218,25 @@ class History:
                 for key, value in of.means.items()
             ],
         )
+        self._database.executemany(
+            "INSERT INTO unmeasured VALUES (?, ?, ?, ?)",
+            [(stage, round_, site, reason) for site, reason in unmeasured.items()],
+        )
 
     def _contributions(self, round_: int) -> tuple[Contribution, ...]:
-        rows = self._database.execute(
+        rows = self._read(
             "SELECT site, trained, reason, train_loss, seconds, samples_per_second, bytes"
             " FROM contributions WHERE round = ? ORDER BY site",
-            (round_,),
+            round_,
         )
         return tuple(Contribution(site, bool(trained), *rest) for site, trained, *rest in rows)
 
     def _metrics(self, stage: str, round_: int) -> dict[str, SiteMetrics]:
-        rows = self._database.execute(
+        rows = self._read(
             "SELECT site, key, mean, defined, n FROM metrics"
             " WHERE stage = ? AND round = ? ORDER BY site, rowid",
-            (stage, round_),
+            stage,
+            round_,
         )
         found: dict[str, SiteMetrics] = {}
         for site, key, value, defined, n in rows:
@@ -200,3 +244,22 @@ class History:
             of.means[key] = float("nan") if value is None else value  # SQLite keeps NaN as NULL
             of.defined[key] = defined
         return found
+
+    def _read(self, query: str, *values: object) -> list[Any]:
+        with self._in_words():
+            return self._database.execute(query, values).fetchall()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._in_words(), self._database as database:
+            yield database
+
+    @contextmanager
+    def _in_words(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            raise HistoryError(
+                f"{self._path}: the run's history cannot be read or written ({error}). Free disk "
+                "space or restore the file, or start a new run in another folder."
+            ) from error

@@ -67,13 +67,29 @@ def call_roll(grid: Grid, config: FederationConfig) -> Roll:
     return roll
 
 
-def same_sites(history: History, roll: Roll) -> None:
-    before = {card.site: (card.trains, card.n_training) for card in history.sites()}
-    now = {card.site: (card.trains, card.n_training) for card in roll.cards.values()}
-    if before and before != now:
+def same_run(history: History, roll: Roll, config: FederationConfig) -> None:
+    """Refuse to continue rounds of other sites or another configuration; note those of this run.
+
+    Raises:
+        FederationFailed: the text names what changed.
+    """
+    if history.rounds():
+        before = {card.site: _subjects(card) for card in history.sites()}
+        now = {card.site: _subjects(card) for card in roll.cards.values()}
         changed = sorted(s for s in before.keys() | now.keys() if before.get(s) != now.get(s))
-        raise FederationFailed(
-            f"The run began with other sites or subjects; changed: {', '.join(changed)}. "
-            "Restore them, or start a new run in another folder."
-        )
+        if changed:
+            raise FederationFailed(
+                f"The run began with other sites or subjects; changed: {', '.join(changed)}. "
+                "Restore them, or start a new run in another folder."
+            )
+        if history.noted("config") != config.fingerprint():
+            raise FederationFailed(
+                "The run began with another configuration. Restore it, or start a new run in "
+                "another folder."
+            )
     history.record_sites(list(roll.cards.values()))
+    history.note("config", config.fingerprint())
+
+
+def _subjects(card: SiteCard) -> tuple[bool, int, int]:
+    return card.trains, card.n_training, card.n_held_out

@@ -20,6 +20,7 @@ from common.config import FederationConfig
 from common.messages import (
     EvaluateTask,
     SiteCard,
+    SiteReport,
     SiteUpdate,
     TrainTask,
     pack_evaluate_task,
@@ -27,14 +28,14 @@ from common.messages import (
     unpack_site_report,
     unpack_site_update,
 )
-from common.metrics import SiteMetrics
+from common.metrics import SiteMetrics, mean_dice
 from common.model import initial_weights
 from common.weights import BadWeights, Weights, byte_count, check_update, save_weights
 from server.average import WeightedSum, add, mean
 from server.checkpoint import RunFolder, load_checkpoint, prune_checkpoints, save_checkpoint
 from server.exchange import answers
 from server.history import Contribution, History, RoundRecord
-from server.roll_call import FederationFailed, Roll, call_roll, same_sites
+from server.roll_call import FederationFailed, Roll, call_roll, same_run
 from server.schedule import learning_rate, should_stop
 
 LOG = logging.getLogger("fedbrats")
@@ -57,7 +58,7 @@ def run_rounds(
     """
     roll = call_roll(grid, config)
     with History(folder.history) as history:
-        same_sites(history, roll)
+        same_run(history, roll, config)
         done = history.rounds()
         if done:
             weights = load_checkpoint(folder, done[-1].round, done[-1].sha256)
@@ -84,8 +85,12 @@ def run_rounds(
 
 
 def best_rounds(records: list[RoundRecord]) -> tuple[RoundRecord, RoundRecord]:
-    """The first round with the highest mean Dice over sites, and with the highest worst-site Dice."""
-    return max(records, key=lambda r: r.mean_dice), max(records, key=lambda r: r.worst[1])
+    """The first round with the highest mean Dice over sites, and with the highest worst-site Dice.
+
+    Among the rounds that most sites reported on: one without the worst site would look better.
+    """
+    by_mean = max(records, key=lambda r: (len(r.metrics), r.mean_dice))
+    return by_mean, max(records, key=lambda r: (len(r.metrics), r.worst[1]))
 
 
 @dataclass
@@ -125,6 +130,7 @@ def _one_round(
         if isinstance(update, str) or reason:
             LOG.warning(f"round {number}: {site} did not contribute: {reason}")
             contributions.append(Contribution(site, trained=False, reason=reason))
+            del update
             continue
         running = add(running, update.weights, update.n_training)
         contributions.append(
@@ -137,11 +143,12 @@ def _one_round(
                 bytes=byte_count(update.weights),
             )
         )
+        del update  # a whole model, which the next site's training should not have to sit beside
     missing = {c.site: c.reason for c in contributions if not c.trained}
     _enough(config, number, "train", roll.training, missing)
     assert running is not None
     averaged = mean(running, like=weights)
-    metrics = _evaluate(grid, config, roll, number, averaged, surface_distances=False)
+    metrics, unmeasured = _evaluate(grid, config, roll, number, averaged, surface_distances=False)
     checkpoint, digest = save_checkpoint(folder, number, averaged)
     record = RoundRecord(
         round=number,
@@ -152,6 +159,7 @@ def _one_round(
         sha256=digest,
         contributions=tuple(contributions),
         metrics=metrics,
+        unmeasured=unmeasured,
     )
     return averaged, record
 
@@ -164,7 +172,8 @@ def _evaluate(
     weights: Weights,
     *,
     surface_distances: bool,
-) -> dict[str, SiteMetrics]:
+) -> tuple[dict[str, SiteMetrics], dict[str, str]]:
+    """The metrics by site, and why there are none by each site that gave none."""
     task = EvaluateTask(number, config.fingerprint(), surface_distances, weights)
     content = pack_evaluate_task(task)
     messages = {s: Message(content, roll.nodes[s], MessageType.EVALUATE) for s in roll.evaluating}
@@ -173,16 +182,14 @@ def _evaluate(
     for site, report in answers(grid, messages, unpack_site_report):
         if isinstance(report, str):
             missing[site] = report
-        elif (report.site, report.round) != (site, number):
-            missing[site] = f"its report is from {report.site} for round {report.round}."
-        elif not math.isfinite(report.metrics.means.get("loss", math.nan)):
-            missing[site] = "its validation loss is not a finite number."
+        elif reason := _refuse_report(report, roll.cards[site], number):
+            missing[site] = reason
         else:
             metrics[site] = report.metrics
     for site, reason in missing.items():
         LOG.warning(f"round {number}: {site} did not evaluate: {reason}")
     _enough(config, number, "evaluate", roll.evaluating, missing)
-    return metrics
+    return metrics, missing
 
 
 def _finish(
@@ -196,7 +203,9 @@ def _finish(
     best_mean, best_worst = best_rounds(done)
     chosen = load_checkpoint(folder, best_mean.round, best_mean.sha256)
     try:
-        metrics = _evaluate(grid, config, roll, best_mean.round, chosen, surface_distances=True)
+        metrics, unmeasured = _evaluate(
+            grid, config, roll, best_mean.round, chosen, surface_distances=True
+        )
     except _TooFew as few:
         history.record_failure(best_mean.round, few.reasons)
         raise FederationFailed(few.text()) from None
@@ -207,7 +216,7 @@ def _finish(
     save_weights(folder.model, chosen, {**about, "round": best_mean.round})
     worst = load_checkpoint(folder, best_worst.round, best_worst.sha256)
     save_weights(folder.model_worst_site, worst, {**about, "round": best_worst.round})
-    history.record_final(best_mean.round, metrics)
+    history.record_final(best_mean.round, metrics, unmeasured)
 
 
 def _refuse(update: SiteUpdate, card: SiteCard, task: TrainTask) -> str:
@@ -216,12 +225,26 @@ def _refuse(update: SiteUpdate, card: SiteCard, task: TrainTask) -> str:
         return f"its update is from {update.site} for round {update.round}."
     if update.n_training != card.n_training:
         return f"it trained on {update.n_training} subjects but announced {card.n_training}."
-    if not math.isfinite(update.loss):
-        return "its training loss is not a finite number."
+    if not all(map(math.isfinite, (update.loss, update.seconds, update.samples_per_second))):
+        return "its training loss, time or throughput is not a finite number."
     try:
         check_update(update.weights, task.weights)
     except BadWeights as error:
         return str(error)
+    return ""
+
+
+def _refuse_report(report: SiteReport, card: SiteCard, number: int) -> str:
+    """Why a report cannot be used; empty if it can. A NaN mean is only an undefined one."""
+    metrics = report.metrics
+    if (report.site, report.round) != (card.site, number):
+        return f"its report is from {report.site} for round {report.round}."
+    if metrics.n != card.n_held_out:
+        return f"it evaluated {metrics.n} subjects but announced {card.n_held_out}."
+    if not math.isfinite(metrics.means.get("loss", math.nan)):
+        return "its validation loss is not a finite number."
+    if not 0 <= mean_dice(metrics) <= 1 or any(map(math.isinf, metrics.means.values())):
+        return "its metrics are missing or not possible."
     return ""
 
 

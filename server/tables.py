@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from common.metrics import SiteMetrics, mean_dice
@@ -19,13 +20,15 @@ REGIONS = ("WT", "TC", "ET")
 class Verdict:
     """Did the training succeed, and who contributed to which round.
 
-    `absent` lists every (round, site, reason) in which a site that should have trained did not.
+    `absent` lists every (round, site, reason) in which a site that should have trained or evaluated
+    did not; `stopped` lists the same for the round at which a run that is not complete stopped.
     """
 
     complete: bool
     rounds: int
     contributed: dict[str, tuple[int, ...]]
     absent: tuple[tuple[int, str, str], ...]
+    stopped: tuple[tuple[int, str, str], ...] = ()
 
     @property
     def everyone(self) -> bool:
@@ -35,9 +38,12 @@ class Verdict:
         state = "complete" if self.complete else "NOT complete"
         lines = [f"Training {state}: {self.rounds} rounds."]
         for site, rounds in self.contributed.items():
-            share = "every round" if len(rounds) == self.rounds else f"rounds {spans(rounds)}"
+            share = f"rounds {spans(rounds)}" if rounds else "no round"
+            if rounds and len(rounds) == self.rounds:
+                share = "every round"
             lines.append(f"  {site} contributed to {share}.")
         lines += [f"  Round {n}: without {site}: {why}" for n, site, why in self.absent]
+        lines += [f"  Round {n} failed: {site}: {why}" for n, site, why in self.stopped]
         return lines
 
 
@@ -51,10 +57,16 @@ def verdict(history: History) -> Verdict:
         )
         for site in training
     }
-    absent = tuple(
-        (r.round, c.site, c.reason) for r in records for c in r.contributions if not c.trained
-    )
-    return Verdict(history.final() is not None, len(records), contributed, absent)
+    absent = []
+    for r in records:
+        absent += [(r.round, c.site, c.reason) for c in r.contributions if not c.trained]
+        absent += [(r.round, s, f"not evaluated: {why}") for s, why in r.unmeasured.items()]
+    final = history.final()
+    if final is not None:
+        unmeasured = history.final_unmeasured().items()
+        absent += [(final[0], s, f"final model not evaluated: {why}") for s, why in unmeasured]
+    stopped = tuple(history.failures())
+    return Verdict(final is not None, len(records), contributed, tuple(absent), stopped)
 
 
 def spans(numbers: Sequence[int]) -> str:
@@ -72,7 +84,7 @@ def round_table(record: RoundRecord) -> Table:
     worst_site, worst = record.worst
     table = Table(
         title=f"Round {record.round}: Dice {record.mean_dice:.3f} (mean over sites), "
-        f"worst {worst:.3f} at {worst_site}, validation loss {record.loss:.3f}, "
+        f"worst {worst:.3f} at {escape(worst_site)}, validation loss {record.loss:.3f}, "
         f"{record.seconds:.1f} s",
         title_justify="left",
     )
@@ -85,7 +97,7 @@ def round_table(record: RoundRecord) -> Table:
         c = contributions.get(site)
         m = record.metrics.get(site)
         table.add_row(
-            site,
+            escape(site),
             ("-" if c is None else number(c.train_loss) if c.trained else "absent"),
             *_cells(m, "dice"),
             *_cells(m, "iou"),
@@ -104,7 +116,7 @@ def final_table(round_: int, metrics: dict[str, SiteMetrics]) -> Table:
         table.add_column(heading, justify="right")
     for site, m in metrics.items():
         table.add_row(
-            site,
+            escape(site),
             *_cells(m, "dice"),
             *_cells(m, "iou"),
             *(number(m.means.get(f"hd95/{region}"), 1) for region in REGIONS),

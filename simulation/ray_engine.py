@@ -16,7 +16,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from common.telemetry import SWITCHES
+from common import telemetry
 
 
 class RayMissing(RuntimeError):
@@ -39,6 +39,7 @@ def run_on_ray(
     """
     if importlib.util.find_spec("ray") is None:
         raise RayMissing("The Ray engine is not installed: pip install 'fedbrats[ray]'.")
+    telemetry.switch_off()  # before Ray is imported; its workers inherit the environment
     from flwr.simulation import run_simulation
 
     folders = [str(folder) for folder in site_folders.values()]
@@ -69,10 +70,6 @@ def run_on_ray(
             num_supernodes=len(folders),
             backend_config={
                 "client_resources": {"num_cpus": cpus_per_site, "num_gpus": gpus_per_site},
-                "init_args": {
-                    "runtime_env": {"env_vars": SWITCHES},
-                    "include_dashboard": False,
-                    "log_to_driver": False,
-                },
+                "init_args": {"log_to_driver": False},
             },
         )

@@ -9,6 +9,7 @@ Entries of files or recipes no longer used stay until the folder is deleted by i
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ from common.weights import file_sha256
 from sites.checks import examine, same_patient_twice
 from sites.finding import Finding
 from sites.preprocess import Geometry, Prepared, Recipe, prepare
-from sites.subject import Subject
+from sites.subject import SEGMENTATION, Subject
 
 SETTLED_SECONDS = 2.0  # a file changed later than this before hashing may change again unseen
 
@@ -98,8 +99,14 @@ def prepare_subjects(
                 if entry is not None:
                     ready.append(entry)
     except (OSError, sqlite3.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise CacheError(f"cache {folder}: {reason or type(error).__name__}.") from error
+        # numpy gives no reason for a write that stopped halfway
+        reason = getattr(error, "strerror", "") or "the disk may be full"
+        if isinstance(error, sqlite3.Error):
+            reason = str(error)
+        raise CacheError(
+            f"cache {folder}: cannot be written ({reason}). Free space there, or choose another "
+            "folder for the cache."
+        ) from error
     findings += same_patient_twice((site, entry.id, entry.digest) for entry in ready)
     bad = {f.subject for f in findings if f.severity == "error"}
     return Preparation(tuple(e for e in ready if e.id not in bad), tuple(findings))
@@ -139,7 +146,12 @@ def _one(
     )
     if scan is None:
         return None, found
-    prepared = prepare(scan, recipe)
+    try:
+        prepared = prepare(scan, recipe)
+    except MemoryError as error:
+        what = f"there is not enough memory to prepare it ({error or 'out of memory'})"
+        remedy = "Correct the voxel size in the headers if it is wrong; otherwise free memory."
+        return None, [*found, Finding(site, subject.id, "", "error", "no-memory", what, remedy)]
     about = {
         "subject": subject.id,
         "recipe": asdict(recipe),
@@ -154,30 +166,37 @@ def _one(
 
 def _key(subject: Subject, recipe: Recipe, hashes: sqlite3.Connection) -> str:
     """`SUBJECT-<hash of file contents and recipe>`; file names and folders do not matter."""
-    files = {m: subject.images[m] for m in recipe.modalities if m in subject.images}
+    files = {m: [subject.images[m]] for m in recipe.modalities if m in subject.images}
     if subject.segmentation is not None:
-        files["seg"] = subject.segmentation
-    parts: dict[str, Any] = {name: _content_hash(path, hashes) for name, path in files.items()}
+        files[SEGMENTATION] = [subject.segmentation]
+    parts = {
+        role: [_content_hash(path, hashes) for path in (*paths, *subject.duplicates.get(role, ()))]
+        for role, paths in files.items()
+    }
     text = json.dumps({"id": subject.id, "files": parts, "recipe": asdict(recipe)}, sort_keys=True)
     return f"{subject.id}-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
 
 
 def _content_hash(path: Path, hashes: sqlite3.Connection) -> str:
-    """sha256 of the file; not read again while its size and modification time stay the same."""
+    """sha256 of the file; not read again while its size and both of its times stay the same.
+
+    The change time too, because it alone tells when two files of one size and age swap names.
+    """
     try:
         status = path.stat()
-        stamp = (str(path.resolve()), status.st_size, status.st_mtime_ns)
+        stamp = (str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         row = hashes.execute(
-            "SELECT sha256 FROM files WHERE path = ? AND size = ? AND mtime_ns = ?", stamp
+            "SELECT sha256 FROM hashes WHERE path = ? AND size = ? AND mtime_ns = ? AND ctime_ns = ?",
+            stamp,
         ).fetchone()
         if row:
             return str(row[0])
         digest = file_sha256(path)
     except OSError:
         return "unreadable"  # the check names the file and the reason
-    if time.time() - status.st_mtime > SETTLED_SECONDS:
+    if time.time() - status.st_ctime > SETTLED_SECONDS:
         with hashes:
-            hashes.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", (*stamp, digest))
+            hashes.execute("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?)", (*stamp, digest))
     return digest
 
 
@@ -185,8 +204,8 @@ def _open_hashes(folder: Path) -> sqlite3.Connection:
     hashes = sqlite3.connect(folder / "files.sqlite", timeout=60)
     with hashes:
         hashes.execute(
-            "CREATE TABLE IF NOT EXISTS files"
-            " (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, sha256 TEXT)"
+            "CREATE TABLE IF NOT EXISTS hashes (path TEXT PRIMARY KEY, size INTEGER,"
+            " mtime_ns INTEGER, ctime_ns INTEGER, sha256 TEXT)"
         )
     return hashes
 
@@ -208,11 +227,14 @@ def _write(entry: Path, prepared: Prepared, about: dict[str, Any]) -> None:
         for path in temporary.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        if _read_about(entry) is None:
+        if entry.exists() and _read_about(entry) is None:
             shutil.rmtree(entry, ignore_errors=True)  # damaged
-            with contextlib.suppress(FileExistsError):  # another process was faster: same bytes
-                temporary.rename(entry)
-            sync_folder(entry.parent)
+        try:
+            temporary.rename(entry)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise  # else another process was faster: the same bytes
+        sync_folder(entry.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

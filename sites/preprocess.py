@@ -19,6 +19,7 @@ from common.config import FederationConfig
 from sites.checks import Scan
 
 VERSION = 1  # raise it when the same recipe gives different voxels, so that caches are redone
+MAX_VOXELS = 512**3  # of the working grid: a wrong voxel size must not ask for all memory
 Triple = tuple[int, int, int]
 
 
@@ -78,7 +79,11 @@ class Prepared:
 
 
 def prepare(scan: Scan, recipe: Recipe) -> Prepared:
-    """Crop, normalise and bring to the working grid."""
+    """Crop, normalise and bring to the working grid.
+
+    Raises:
+        MemoryError: voxels of 1 mm would be more than MAX_VOXELS, as no head has.
+    """
     volumes = [scan.images[modality] for modality in recipe.modalities]
     brain: np.ndarray = np.zeros(volumes[0].shape, bool)
     for volume in volumes:
@@ -128,6 +133,8 @@ def _working_shape(geometry: Geometry, recipe: Recipe) -> Triple:
         return recipe.shape
     millimetres = np.multiply(geometry.box_shape, geometry.spacing)
     x, y, z = (max(1, round(float(length))) for length in millimetres)
+    if x * y * z > MAX_VOXELS:
+        raise MemoryError(f"the brain would be {x}x{y}x{z} mm")
     return x, y, z
 
 
@@ -150,11 +157,13 @@ def _normalise(volume: np.ndarray, how: str) -> np.ndarray:
 def _resize_image(volume: np.ndarray, target: Triple) -> np.ndarray:
     if volume.shape == target:
         return volume
-    # plain linear interpolation skips voxels when an axis shrinks to less than half: average there
-    shrinks = any(size >= 2 * new for size, new in zip(volume.shape, target, strict=True))
     tensor = torch.from_numpy(np.ascontiguousarray(volume))[None, None]
-    if shrinks:
-        return F.interpolate(tensor, size=target, mode="area")[0, 0].numpy()
+    # linear interpolation skips voxels along an axis that shrinks to half or less: average there,
+    # and only there, as averaging repeats voxels along an axis that grows
+    pairs = zip(volume.shape, target, strict=True)
+    averaged = tuple(new if old >= 2 * new else old for old, new in pairs)
+    if averaged != volume.shape:
+        tensor = F.interpolate(tensor, size=averaged, mode="area")
     return F.interpolate(tensor, size=target, mode="trilinear", align_corners=False)[0, 0].numpy()
 
 

@@ -7,12 +7,12 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: other sessions share the machine
 
-from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import TYPE_CHECKING  # noqa: E402
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import numpy as np
+import pytest
 
 if TYPE_CHECKING:
     from common.config import FederationConfig
@@ -70,7 +70,7 @@ def prepared(
     )
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_subject(tmp_path: Path) -> Callable[..., CachedSubject]:
     """A function: (id, image (C, X, Y, Z), labels (X, Y, Z)) -> a cached subject of 1 mm voxels."""
     from sites.cache import CachedSubject

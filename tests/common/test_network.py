@@ -50,10 +50,11 @@ def test_trains_with_every_norm(name, norm):
 
 
 @pytest.mark.skipif(CPU_BF16 is None, reason="this CPU has no bf16 instructions")
+@pytest.mark.parametrize("norm", ["instance", "group"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_trains_in_bf16_channels_last(name):
+def test_trains_in_bf16_channels_last(name, norm):
     """At 32 voxels a side, where five levels end on the size whose bf16 gradient is wrong."""
-    network = small(name).to(memory_format=torch.channels_last_3d)
+    network = small(name, norm=norm).to(memory_format=torch.channels_last_3d)
     protect_conv3d(network)
     batch = images(32, 32, 32).to(memory_format=torch.channels_last_3d)
     train_step(network, batch, CPU_BF16)

@@ -387,7 +387,7 @@ REFUSED = {
         "t1.nii.gz",
     ),
     "two files, one elsewhere": (
-        lambda f: save(f / f"{ID}_t1.nii", image("t1"), RAS) and None,
+        lambda f: save(f / f"{ID}_t1.nii", image("t1"), LPS + 5 * np.eye(4, k=3)) and None,
         "two-different-files",
         "t1.nii",
     ),
