@@ -20,9 +20,10 @@ from flwr.app.error import Error
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
+from client.device import best_device, use_threads
 from client.evaluation import evaluate
 from client.site import Site, load_site
-from client.training import TrainingDiverged, train, use_threads
+from client.training import TrainingDiverged, train
 from common.config import FederationConfig
 from common.files import write_text_atomically
 from common.messages import (
@@ -63,9 +64,12 @@ def answering(handler: Handler) -> Handler:
     def answer(message: Message, context: Context) -> Message:
         try:
             return handler(message, context)
-        except (TaskRefused, TrainingDiverged, BadMessage, BadWeights, CacheError) as error:
+        except (TaskRefused, TrainingDiverged, BadMessage, BadWeights) as error:
             LOG.warning(str(error))
             reason = str(error)
+        except CacheError as error:  # names a folder and a subject: for the site's eyes only
+            LOG.warning(str(error))
+            reason = "a prepared subject is missing or damaged at the site; its log says more."
         except Exception as error:
             LOG.exception("the task failed")
             reason = f"the task failed at the site ({type(error).__name__}); its log says more."
@@ -105,7 +109,7 @@ def answer_train(message: Message, context: Context) -> Message:
         site=site.name,
         round_=task.round,
         learning_rate=task.learning_rate,
-        device=_device(),
+        device=best_device(),
     )
     update = SiteUpdate(
         site=site.name,
@@ -132,7 +136,7 @@ def answer_evaluate(message: Message, context: Context) -> Message:
         site.config,
         what=f"round {task.round}, {site.name}: evaluating",
         surface_distances=task.surface_distances,
-        device=_device(),
+        device=best_device(),
     )
     # per-subject results stay at the site; only their means leave
     stage = "final" if task.surface_distances else f"round-{task.round:04d}"
@@ -170,11 +174,7 @@ def _ready_network(site: Site, task: TrainTask | EvaluateTask) -> torch.nn.Modul
 @functools.lru_cache(maxsize=1)
 def _network(config: FederationConfig) -> torch.nn.Module:
     # convolutions over channels-last volumes are the fast ones on CPU and GPU alike
-    return network_for(config).to(_device()).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return network_for(config).to(best_device()).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
 
 def _reply(message: Message, content: RecordDict) -> Message:

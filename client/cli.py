@@ -1,24 +1,24 @@
 """The hospital's command line, `fed-client`.
 
-`check` examines a folder of subjects and says what is wrong with which file. Nothing leaves the
-machine. Heavy imports happen inside the commands, so that `--help` answers at once.
+`check` examines a folder of subjects and says what is wrong with which file; `predict` segments one
+subject with a trained model. Nothing leaves the machine. Heavy imports happen inside the commands,
+so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from common.brats import CODINGS, MODALITIES
+from common.brats import CODINGS, MODALITIES, STRUCTURES
+from common.console import start_logging
 from sites.finding import Finding
 
 app = typer.Typer(
@@ -30,7 +30,6 @@ app = typer.Typer(
 
 UNUSABLE, USAGE, DEFECT = 1, 2, 70  # exit codes; 70 is sysexits' EX_SOFTWARE
 PIPED_WIDTH = 10_000  # characters; without a terminal nothing is wrapped or cut
-PIPED_SECONDS = 5.0  # between progress lines without a terminal
 
 
 @app.callback()
@@ -61,6 +60,7 @@ def check(
 
     Exit code 0: every subject is usable. 1: some are not, or there is none. 2: wrong usage.
     """
+    start_logging()
     wanted = _modalities(modalities)
     if label_coding != "auto" and label_coding not in CODINGS:
         raise typer.BadParameter(
@@ -71,6 +71,7 @@ def check(
         _complain(f"{data} {problem}; give the folder that holds the subjects.")
         raise typer.Exit(USAGE)
 
+    from common.progress import track
     from sites.checks import examine, same_patient_twice
     from sites.subject import discover
 
@@ -78,20 +79,19 @@ def check(
     discovery = discover(data, modalities=wanted, site=name)
     findings = list(discovery.findings)
     digests = []
-    with _progress(len(discovery.subjects)) as step:
-        for subject in discovery.subjects:
-            scan, found = examine(
-                subject,
-                modalities=wanted,
-                coding=label_coding,
-                require_labels=not no_labels,
-                site=name,
-            )
-            findings += found
-            if scan is not None:
-                digests.append((name, subject.id, scan.digest))
-            del scan
-            step()
+    subjects = track(discovery.subjects, "checking", len(discovery.subjects), "subjects")
+    for subject in subjects:
+        scan, found = examine(
+            subject,
+            modalities=wanted,
+            coding=label_coding,
+            require_labels=not no_labels,
+            site=name,
+        )
+        findings += found
+        if scan is not None:
+            digests.append((name, subject.id, scan.digest))
+        del scan
     findings += same_patient_twice(digests)
 
     unusable = sorted({f.subject for f in findings if f.severity == "error" and f.subject})
@@ -124,6 +124,65 @@ def _not_a_folder(path: Path) -> str:
         return "is not a folder" if path.exists() else "does not exist"
     except OSError as error:
         return f"cannot be opened ({error.strerror})"
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="A run's model.safetensors.")],
+    subject: Annotated[Path, typer.Argument(help="One subject's folder; no labels needed.")],
+    out: Annotated[Path, typer.Argument(help="Segmentation to write, .nii or .nii.gz.")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document on standard output.")
+    ] = False,
+) -> None:
+    """Segment one patient, in the grid and orientation of the patient's own files.
+
+    For research; not a medical device. Exit code 0: written. 1: the subject or the model cannot be
+    used. 2: wrong usage.
+    """
+    start_logging()
+    if not out.name.endswith((".nii", ".nii.gz")):
+        raise typer.BadParameter(f"{out} must end in .nii or .nii.gz.", param_hint="OUT")
+    if not subject.is_dir():
+        raise typer.BadParameter(f"{subject} is no folder.", param_hint="SUBJECT")
+
+    from client.prediction import load_model, segment_subject
+    from common.weights import BadWeights
+    from sites.subject import discover
+
+    try:
+        loaded = load_model(model)
+    except BadWeights as error:
+        _complain(str(error))
+        raise typer.Exit(UNUSABLE) from None
+    discovery = discover(subject, modalities=loaded.config.modalities)
+    findings = list(discovery.findings)
+    volumes = None
+    if len(discovery.subjects) == 1:
+        try:
+            volumes, found = segment_subject(loaded, discovery.subjects[0], out)
+        except OSError as error:
+            _complain(f"{out} cannot be written: {error.strerror}.")
+            raise typer.Exit(UNUSABLE) from None
+        findings += found
+    elif discovery.subjects:
+        _complain(f"{subject} holds {len(discovery.subjects)} subjects; give one subject's folder.")
+        raise typer.Exit(USAGE)
+    if as_json:
+        document = {
+            "written": str(out) if volumes else None,
+            "millilitres": volumes,
+            "findings": [f.as_dict() for f in findings],
+        }
+        print(json.dumps(document, indent=2))
+    else:
+        print_findings(findings)
+    if volumes is None:
+        _complain(f"{subject} cannot be segmented; nothing was written.")
+        raise typer.Exit(UNUSABLE)
+    if not as_json:
+        amounts = ", ".join(f"{name} {volumes[name]:.1f} ml" for name in STRUCTURES)
+        print(f"{out}: {amounts}. For research; not a medical device.")
 
 
 def _modalities(text: str) -> tuple[str, ...]:
@@ -161,32 +220,6 @@ def print_findings(findings: Sequence[Finding]) -> None:
             *(Text(_printable(t)) for t in (finding.what, finding.remedy)),
         )
     console.print(table)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A function to call after each subject; a bar on a terminal, now and then a line elsewhere.
-    Both on standard error, as standard output holds the result."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-        columns = ("checking", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("", total=total)
-            yield lambda: bar.advance(task)
-        return
-
-    done, last = 0, time.monotonic()
-
-    def step() -> None:
-        nonlocal done, last
-        done += 1
-        if time.monotonic() - last >= PIPED_SECONDS:
-            last = time.monotonic()
-            print(f"checked {done} of {total} subjects", file=sys.stderr, flush=True)
-
-    yield step
 
 
 def _printable(text: str) -> str:

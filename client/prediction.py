@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 
+from client.device import best_device, use_threads
 from client.evaluation import predict
 from common.brats import CODINGS, STRUCTURES
 from common.config import ConfigError, FederationConfig
@@ -33,9 +34,10 @@ class Model:
 
     network: torch.nn.Module
     config: FederationConfig
+    device: torch.device
 
 
-def load_model(path: Path, device: torch.device) -> Model:
+def load_model(path: Path) -> Model:
     """Read a run's `model.safetensors`.
 
     Raises:
@@ -49,11 +51,13 @@ def load_model(path: Path, device: torch.device) -> Model:
     network = network_for(config)
     check_update(weights, network.state_dict())
     network.load_state_dict(weights)
-    return Model(network.to(device), config)
+    device = best_device()
+    use_threads(config.training)
+    return Model(network.to(device), config, device)
 
 
 def segment_subject(
-    model: Model, subject: Subject, out: Path, device: torch.device
+    model: Model, subject: Subject, out: Path
 ) -> tuple[dict[str, float] | None, list[Finding]]:
     """Write the segmentation of one subject to `out` (.nii or .nii.gz).
 
@@ -66,7 +70,7 @@ def segment_subject(
     if scan is None:
         return None, findings
     prepared = prepare(scan, recipe)
-    inside = predict(model.network, prepared.image, prepared.geometry, model.config, device)
+    inside = predict(model.network, prepared.image, prepared.geometry, model.config, model.device)
     labels = _in_whole_image(inside, prepared.geometry)
     write_atomically(out, lambda temporary: _save(labels, scan, temporary, out))
     millilitres = float(np.prod(scan.spacing)) / 1000

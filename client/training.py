@@ -7,7 +7,6 @@ site's data and the seed; on a CPU with a fixed number of threads two runs agree
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,9 +23,7 @@ from common.seeds import derive_seed
 from sites.augment import augment
 from sites.cache import CachedSubject
 
-TUMOUR_CENTRED = (
-    0.5  # share of patches that hold tumour for certain, as in nnU-Net (about 1/3 there)
-)
+TUMOUR_CENTRED = 0.5  # share of patches that hold tumour for certain; nnU-Net has a third
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class Outcome:
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss became infinite or not a number; the update must not be sent."""
+    """The loss or the weights became infinite or not a number; the update must not be sent."""
 
 
 def train(
@@ -56,7 +53,7 @@ def train(
     """Train `network` in place.
 
     Raises:
-        TrainingDiverged: the loss is not finite; the text says at which step.
+        TrainingDiverged: the loss or the weights are not finite; the text says at which step.
     """
     t = config.training
     dtype = autocast_dtype(t.precision, device)
@@ -87,18 +84,18 @@ def train(
             torch.nn.utils.clip_grad_norm_(network.parameters(), t.gradient_clip)
         optimiser.step()
         if not math.isfinite(float(total)):
-            raise TrainingDiverged(
-                f"{site}: the loss was not finite at step {step} of {steps} in round {round_}; "
-                "lower training.learning_rate or set training.precision to fp32."
-            )
+            raise TrainingDiverged(_diverged("loss was", site, round_, step, steps))
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in network.parameters()):
+        raise TrainingDiverged(_diverged("weights were", site, round_, steps, steps))
     count = samples * t.epochs
     return Outcome(float(total) / count, steps, count, time.monotonic() - begin)
 
 
-def use_threads(training: Training) -> None:
-    """Fix the number of CPU threads, on which the last bits of every sum depend."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(training.threads or available or 1)
+def _diverged(what: str, site: str, round_: int, step: int, steps: int) -> str:
+    return (
+        f"{site}: the {what} not finite at step {step} of {steps} in round {round_}; "
+        "lower training.learning_rate or set training.precision to fp32."
+    )
 
 
 def _samples(subjects: int, config: FederationConfig) -> int:

@@ -82,6 +82,15 @@ class Loss(Section):
     )
     include_background: bool = True
 
+    @field_validator("gamma")
+    @classmethod
+    def _differentiable(cls, value: float) -> float:
+        if 0 < value < 1:
+            raise ValueError(
+                "must be 0, or at least 1: in between the gradient has no finite limit"
+            )
+        return value
+
 
 class Augment(Section):
     """Random changes of each training subject; 0 or false switches one off (`sites.augment`)."""
@@ -152,6 +161,8 @@ class Split(Section):
             raise ValueError("`by: csv` needs `file:`, a csv with Partition_ID and Subject_ID")
         if self.by == "iid" and self.parts is None:
             raise ValueError("`by: iid` needs `parts:`, the number of equal sites")
+        if self.merge_hospitals and self.by != "institution":
+            raise ValueError("`merge_hospitals` goes with `by: institution` only")
         return self
 
 

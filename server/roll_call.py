@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from flwr.app import Message, MessageType, RecordDict
@@ -9,7 +10,7 @@ from flwr.serverapp import Grid
 
 from common.config import FederationConfig
 from common.messages import SiteCard, unpack_site_card
-from server.exchange import answers
+from server.exchange import POLL_SECONDS, answers
 from server.history import History
 
 
@@ -31,6 +32,21 @@ class Roll:
     @property
     def evaluating(self) -> list[str]:
         return [site for site, card in self.cards.items() if card.n_held_out > 0]
+
+
+def wait_for_nodes(grid: Grid, count: int, seconds: float) -> None:
+    """Return once `count` nodes are connected.
+
+    Raises:
+        FederationFailed: they are not within `seconds`.
+    """
+    deadline = time.monotonic() + seconds
+    while (connected := len(list(grid.get_node_ids()))) < count:
+        if time.monotonic() > deadline:
+            raise FederationFailed(
+                f"Only {connected} of {count} sites connected within {seconds:.0f} s."
+            )
+        time.sleep(POLL_SECONDS)
 
 
 def call_roll(grid: Grid, config: FederationConfig) -> Roll:

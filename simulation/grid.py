@@ -96,7 +96,7 @@ def run_in_process(
         node_id=0,
         node_config={},
         state=RecordDict(),
-        run_config={"run-folder": str(run_folder)},
+        run_config={"run-folder": str(run_folder), "nodes": len(site_folders)},
     )
     server_app(InProcessGrid(client_app, site_folders), context)
 

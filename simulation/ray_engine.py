@@ -49,6 +49,7 @@ def run_on_ray(
     @placed_server.main()
     def serve(grid: Grid, context: Context) -> None:
         context.run_config["run-folder"] = str(run_folder)
+        context.run_config["nodes"] = len(folders)
         server_app(grid, context)
 
     placed_client = ClientApp()

@@ -22,9 +22,13 @@ TINY = (  # the smallest that the reference U-Net can be: five levels, so 32 vox
     "preprocess.shape=[32,32,32]",
     "network.channels=[2,2,2,2,2]",
     "training.threads=1",
+    "training.epochs=1",
+    "training.batch_size=2",
+    "training.patches_per_subject=1",
     "training.precision=fp32",
     "training.learning_rate=0.02",
     "rounds.number=3",
+    "held_out_fraction=0.3",
 )
 
 

@@ -1,0 +1,209 @@
+"""Every message survives Flower's wire format, and a malformed one is a BadMessage, whatever is wrong."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ConfigRecord, MetricRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+
+from common.messages import (
+    BadMessage,
+    EvaluateTask,
+    SiteCard,
+    SiteReport,
+    SiteUpdate,
+    TrainTask,
+    pack_evaluate_task,
+    pack_site_card,
+    pack_site_report,
+    pack_site_update,
+    pack_train_task,
+    unpack_evaluate_task,
+    unpack_site_card,
+    unpack_site_report,
+    unpack_site_update,
+    unpack_train_task,
+)
+from common.metrics import SiteMetrics
+
+WEIGHTS = {
+    "conv.weight": torch.randn(4, 2, 3, 3, 3).to(memory_format=torch.channels_last_3d),
+    "norm.num_batches_tracked": torch.tensor(2**40),
+    "norm.running_var": torch.tensor([1e-38, 3.4e38, -0.0]),
+    "half": torch.randn(3).half(),
+    "none": torch.zeros(0, 2),
+}
+CARD = SiteCard("Köln-1", True, 12, 3, 1, "ab" * 32)
+TRAIN = TrainTask(3, "ab" * 32, 1e-4, WEIGHTS)
+UPDATE = SiteUpdate("Köln-1", 3, 12, 0.1 + 0.2, 12.5, 3.25, WEIGHTS)
+EVALUATE = EvaluateTask(3, "ab" * 32, True, WEIGHTS)
+MEANS = {"loss": 1 / 3, "dice/WT": 1.0, "hd95/ET": math.nan}
+REPORT = SiteReport("Köln-1", 3, 0.5, SiteMetrics(5, MEANS, {"loss": 5, "dice/WT": 5, "hd95/ET": 0}))
+ALL: list[tuple[Any, Callable[[Any], RecordDict], Callable[[RecordDict], Any]]] = [
+    (CARD, pack_site_card, unpack_site_card),
+    (replace(CARD, trains=False, n_training=0), pack_site_card, unpack_site_card),
+    (TRAIN, pack_train_task, unpack_train_task),
+    (UPDATE, pack_site_update, unpack_site_update),
+    (EVALUATE, pack_evaluate_task, unpack_evaluate_task),
+    (REPORT, pack_site_report, unpack_site_report),
+]
+each_message = pytest.mark.parametrize(
+    ("message", "pack", "unpack"), ALL, ids=[type(message).__name__ for message, _, _ in ALL]
+)
+
+
+def over_the_wire(content: RecordDict) -> RecordDict:
+    """Through the bytes that a real network would carry."""
+    proto = recorddict_to_proto(content)
+    return recorddict_from_proto(type(proto).FromString(proto.SerializeToString()))
+
+
+def plain(message: Any) -> Any:
+    """Tensors and NaN do not compare with ==."""
+    values = dict(vars(message))
+    weights = values.pop("weights", {})
+    values["tensors"] = {
+        name: (tensor.dtype, tuple(tensor.shape), tensor.contiguous().numpy().tobytes())
+        for name, tensor in weights.items()
+    }
+    return repr(values)
+
+
+@each_message
+@pytest.mark.parametrize("carried", [lambda content: content, over_the_wire], ids=["same", "wire"])
+def test_what_is_sent_arrives(message, pack, unpack, carried):
+    received = unpack(carried(pack(message)))
+    assert type(received) is type(message)
+    assert plain(received) == plain(message)
+
+
+def test_received_weights_can_be_trained_on():
+    weights = unpack_train_task(over_the_wire(pack_train_task(TRAIN))).weights
+    weights["norm.running_var"].mul_(2)
+    assert torch.equal(WEIGHTS["norm.running_var"][:1] * 2, weights["norm.running_var"][:1])
+
+
+@each_message
+def test_missing_records_and_values_are_named(message, pack, unpack):
+    whole = pack(message)
+    for name in whole:
+        for wrong in (None, ConfigRecord({"other": 1}), MetricRecord({"other": 1})):
+            content = pack(message)
+            del content[name]
+            if wrong is not None:
+                content[name] = wrong
+            with pytest.raises(BadMessage):
+                unpack(content)
+    with pytest.raises(BadMessage, match="no ConfigRecord called"):
+        unpack(RecordDict())
+    first = next(name for name in whole if isinstance(whole[name], ConfigRecord))
+    for key in list(whole[first]):
+        content = pack(message)
+        del content[first][key]
+        with pytest.raises(BadMessage, match=key):
+            unpack(content)
+
+
+@each_message
+def test_values_of_another_type_are_named(message, pack, unpack):
+    first = next(n for n, record in pack(message).items() if isinstance(record, ConfigRecord))
+    for key, right in pack(message)[first].items():
+        for wrong in (True, 1, 1.5, "1", b"1", [1], [1.0]):
+            if type(wrong) is type(right):
+                continue
+            content = pack(message)
+            content[first][key] = wrong
+            with pytest.raises(BadMessage, match=f"'{key}' must be of type {type(right).__name__}"):
+                unpack(content)
+
+
+def saved(**arrays: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def pickled() -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    return buffer.getvalue()
+
+
+GOOD = Array(np.zeros(2, np.float32)).data
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"junk",
+        GOOD[:-3],
+        GOOD[:20],
+        GOOD.replace(b"(2,)", b"(2000000000000,)"),  # says that it is 8 TB
+        GOOD.replace(b"(2,)", b"(-2,)"),
+        pickled(),
+        saved(a=np.zeros(2)),
+        Array(np.array(["text"])).data,
+        b"\x80\x04K\x01.",  # a pickle without NumPy's header
+    ],
+    ids=range(10),
+)
+def test_array_bytes_that_cannot_be_decoded_are_named(data):
+    for message, pack, unpack in ((TRAIN, pack_train_task, unpack_train_task), ALL[3]):
+        content = pack(message)
+        content["weights"]["half"] = Array("float32", (2,), "numpy.ndarray", data)
+        with pytest.raises(BadMessage, match="the weights cannot be decoded"):
+            unpack(content)
+    content = pack_train_task(TRAIN)
+    content["weights"]["half"] = Array("float32", (2,), "pickle", GOOD)
+    with pytest.raises(BadMessage, match="the weights cannot be decoded"):
+        unpack_train_task(content)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"trains": True, "n_training": 0},
+        {"n_training": -1},
+        {"n_held_out": -1},
+        {"n_left_out": -1},
+    ],
+)
+def test_a_card_with_impossible_numbers_is_refused(wrong):
+    with pytest.raises(BadMessage):
+        unpack_site_card(pack_site_card(replace(CARD, **wrong)))
+
+
+@pytest.mark.parametrize(
+    ("record", "key", "value"),
+    [
+        ("means", "loss", [1.0]),
+        ("means", "loss", 1),
+        ("defined", "loss", [5]),
+        ("defined", "loss", 1.5),
+        ("defined", "loss", -1),
+        ("defined", "loss", 6),  # of 5 subjects
+        ("defined", "n", 2.5),
+        ("defined", "n", 0),
+    ],
+)
+def test_a_report_with_impossible_numbers_is_refused(record, key, value):
+    content = pack_site_report(REPORT)
+    content[record][key] = value
+    with pytest.raises(BadMessage):
+        unpack_site_report(content)
+
+
+def test_a_report_must_count_the_subjects_behind_each_mean():
+    content = pack_site_report(REPORT)
+    del content["defined"]["dice/WT"]
+    with pytest.raises(BadMessage, match="dice/WT"):
+        unpack_site_report(content)
