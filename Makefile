@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 .PHONY: demo test check install clean
 
 demo: $(VENV)/.installed
-	$(BIN)/fed-sim phantom $(DEMO)/data --sites 6 --subjects 10 --grid 80 80 52
+	$(BIN)/fed-sim phantom $(DEMO)/data --sites 6 --subjects 16 --grid 80 80 52
 	$(BIN)/fed-sim run $(DEMO)/data --out $(DEMO)/run --preset quick
 
 test: $(VENV)/.installed-dev

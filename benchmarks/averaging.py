@@ -54,9 +54,9 @@ def main() -> None:
     averaged = mean(running, like)
     seconds += time.perf_counter() - begin
     used = peak_mib() - before
-    exact = sum(
-        n * update(s, parameters)["layer7"].double() for s, n in enumerate(subjects)
-    ) / sum(subjects)
+    exact = sum(n * update(s, parameters)["layer7"].double() for s, n in enumerate(subjects)) / sum(
+        subjects
+    )
     error = float((averaged["layer7"].double() - exact).abs().max())
     result = {
         "sites": chosen.sites,

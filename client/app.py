@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.app import Context, Message, RecordDict
@@ -142,7 +144,8 @@ def answer_evaluate(message: Message, context: Context) -> Message:
     stage = "final" if task.surface_distances else f"round-{task.round:04d}"
     path = site.folder / "evaluation" / f"{stage}.json"
     path.parent.mkdir(exist_ok=True)
-    write_text_atomically(path, json.dumps([asdict(result) for result in results]))
+    kept = [_with_null(asdict(result)) for result in results]
+    write_text_atomically(path, json.dumps(kept, allow_nan=False))
     seconds = time.monotonic() - begin
     report = SiteReport(site.name, task.round, seconds, summarise(results))
     return _reply(message, pack_site_report(report))
@@ -175,6 +178,13 @@ def _ready_network(site: Site, task: TrainTask | EvaluateTask) -> torch.nn.Modul
 def _network(config: FederationConfig) -> torch.nn.Module:
     # convolutions over channels-last volumes are the fast ones on CPU and GPU alike
     return network_for(config).to(best_device()).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+
+
+def _with_null(value: Any) -> Any:
+    """JSON has no NaN: what is undefined becomes null."""
+    if isinstance(value, dict):
+        return {key: _with_null(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _reply(message: Message, content: RecordDict) -> Message:

@@ -212,13 +212,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         "held_out_fraction": 0.3,
         "preprocess": {"mode": "resample", "shape": (48, 48, 48)},
-        "network": {"channels": (8, 16, 32, 64, 128)},
+        "network": {"name": "residual_unet", "channels": (16, 32, 64, 128)},
         "training": {
-            "epochs": 4,
+            "epochs": 3,
             "learning_rate": 5e-3,
             "augment": {"affine_probability": 0.15, "elastic_probability": 0.0},
         },
-        "rounds": {"number": 12},
+        "rounds": {"number": 10, "plateau_patience": 1},
     },
     # recommended: native 1 mm, patches, instance norm
     "default": {},

@@ -31,10 +31,17 @@ def weights_of(network: torch.nn.Module) -> Weights:
 def save_weights(
     path: Path, weights: Mapping[str, torch.Tensor], about: Mapping[str, object]
 ) -> str:
-    """Write atomically; returns the file's sha256 (hex). `about` is stored beside the tensors."""
+    """Write atomically; returns the file's sha256 (hex). `about` is stored beside the tensors.
+
+    Raises:
+        OSError: the disk is full or not writable; `path` is then as it was before.
+    """
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     metadata = {"fedbrats": json.dumps(about, sort_keys=True)}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    try:
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error}).") from error
     return file_sha256(path)
 
 

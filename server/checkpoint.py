@@ -72,7 +72,7 @@ def prune_checkpoints(folder: RunFolder, keep: Collection[int]) -> None:
     Only for the process that holds the run folder's lock.
     """
     kept = {folder.checkpoint(round_).name for round_ in keep}
-    for pattern in ("round-*.safetensors", ".round-*.tmp"):
+    for pattern in ("round-*.safetensors", ".round-*.tmp", ".tmp*"):  # the last: safetensors' own
         for path in (folder.path / "checkpoints").glob(pattern):
             if path.name not in kept:
                 path.unlink()

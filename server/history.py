@@ -95,7 +95,7 @@ class History:
         with self._in_words():
             self._database = sqlite3.connect(path, timeout=60)
             self._database.execute("PRAGMA synchronous = FULL")
-            self._database.executescript(SCHEMA)
+            self._database.executescript(f"BEGIN; {SCHEMA} COMMIT;")
 
     def __enter__(self) -> History:
         return self

@@ -8,6 +8,8 @@ looking at the held-out subjects.
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,15 +17,16 @@ from pathlib import Path
 from rich.table import Table
 
 from common.config import FederationConfig
-from common.files import write_text_atomically
+from common.files import locked, write_text_atomically
 from common.metrics import SiteMetrics, mean_dice
 from server.checkpoint import RunFolder
 from server.history import History
 from server.tables import average, number
-from simulation.cohort import Cohort, SiteCohort, write_sites
+from simulation.cohort import Cohort, SiteCohort
 from simulation.run import Engine, claim_folder, run_engine
 
-POOLED = "pooled"
+LOG = logging.getLogger("fedbrats")
+POOLED = "(pooled)"  # which no real site is called
 Reduce = Callable[[dict[str, SiteMetrics], str], float]
 WAYS = ("local-only", "federated", "centralised")
 
@@ -32,14 +35,25 @@ WAYS = ("local-only", "federated", "centralised")
 class Comparison:
     """Way -> site -> metrics on that site's own held-out subjects.
 
-    A site that does not train has no local model.
+    A site that does not train has no local model, so it is left out where ways are compared.
     """
 
     metrics: dict[str, dict[str, SiteMetrics]]
 
-    def as_dict(self) -> dict[str, dict[str, dict[str, float]]]:
+    @property
+    def everywhere(self) -> list[str]:
+        """The sites measured in all three ways."""
+        return [
+            s for s in self.metrics["federated"] if all(s in of for of in self.metrics.values())
+        ]
+
+    def as_dict(self) -> dict[str, dict[str, dict[str, float | None]]]:
+        """Undefined means are None, as JSON has no NaN."""
         return {
-            way: {site: {"dice": mean_dice(m), **m.means} for site, m in sites.items()}
+            way: {
+                site: {"dice": mean_dice(m), **{k: _or_none(v) for k, v in m.means.items()}}
+                for site, m in sites.items()
+            }
             for way, sites in self.metrics.items()
         }
 
@@ -88,7 +102,7 @@ def comparison_table(comparison: Comparison) -> Table:
         cells += [number(of.means["dice/WT"] if of else None) for of in found]
         table.add_row(site, *cells, str(m.n))
     table.add_section()
-    n = str(sum(m.n for m in sites.values()))
+    n = str(sum(sites[site].n for site in comparison.everywhere))
     table.add_row("mean over sites", *_summary(comparison, _over_sites), n)
     table.add_row("mean over subjects", *_summary(comparison, _over_subjects), n)
     table.add_row("worst site", *_summary(comparison, lambda m, key: min(_values(m, key))), "")
@@ -100,10 +114,16 @@ def comparison_table(comparison: Comparison) -> Table:
 def _last_round(
     cohort: Cohort, out: Path, config: FederationConfig, engine: Engine
 ) -> dict[str, SiteMetrics]:
+    LOG.info(f"baseline {out.name}")
     folder = claim_folder(out, config)
-    run_engine(engine, folder, write_sites(cohort, out / "sites", config))
+    with locked(folder.lock):
+        run_engine(engine, folder, cohort, config)
     with History(folder.history) as history:
         return history.rounds()[-1].metrics
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _values(metrics: dict[str, SiteMetrics], key: str) -> list[float]:
@@ -121,8 +141,11 @@ def _over_subjects(metrics: dict[str, SiteMetrics], key: str) -> float:
 
 
 def _summary(comparison: Comparison, reduce: Reduce) -> list[str]:
+    """Over the sites measured in all three ways, so that the ways can be compared."""
+    sites = comparison.everywhere
+    same = {way: {site: of[site] for site in sites} for way, of in comparison.metrics.items()}
     return [
-        number(reduce(comparison.metrics[way], key) if comparison.metrics[way] else None)
+        number(reduce(same[way], key) if sites else None)
         for key in ("mean", "dice/WT")
         for way in WAYS
     ]
@@ -133,4 +156,4 @@ def record_comparison(comparison: Comparison, out: Path) -> None:
     path = out / "results.json"
     document = json.loads(path.read_text(encoding="utf-8"))
     document["comparison"] = comparison.as_dict()
-    write_text_atomically(path, json.dumps(document, indent=1))
+    write_text_atomically(path, json.dumps(document, indent=1, allow_nan=False))

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -79,7 +80,7 @@ def run(
         from simulation.run import Engine, simulate
 
         placed = Engine(engine.value, cpus_per_site, gpus_per_site)
-        with _standard_output_to_error(as_json):
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
             result = simulate(data, out, settings, cache=cache, engine=placed)
             _print_result(result)
             if baselines:
@@ -123,19 +124,22 @@ def phantom(
     from sites.phantom_cohort import plan, write_cohort
 
     with _failing_in_words():
-        total = len(plan(sites=sites, subjects_per_site=subjects, real_sizes=real_sizes))
-        with stepping("phantom", total, "subjects") as step:
-            folder = write_cohort(
-                out,
-                sites=sites,
-                subjects_per_site=subjects,
-                real_sizes=real_sizes,
-                shape=grid,
-                seed=seed,
-                heterogeneity=heterogeneity,
-                compressed=not uncompressed,
-                on_subject=lambda *_: step(),
-            )
+        try:
+            total = len(plan(sites=sites, subjects_per_site=subjects, real_sizes=real_sizes))
+            with stepping("phantom", total, "subjects") as step:
+                folder = write_cohort(
+                    out,
+                    sites=sites,
+                    subjects_per_site=subjects,
+                    real_sizes=real_sizes,
+                    shape=grid,
+                    seed=seed,
+                    heterogeneity=heterogeneity,
+                    compressed=not uncompressed,
+                    on_subject=lambda *_: step(),
+                )
+        except ValueError as error:  # an argument out of range, or another cohort in OUT
+            raise typer.BadParameter(str(error)) from None
     print(f"{total} synthetic subjects in {folder}. Not for clinical conclusions of any kind.")
 
 
@@ -210,9 +214,16 @@ def show_config(preset: Preset = None, assign: Assign = None) -> None:
 
 
 def main() -> None:
-    """Entry point of `fed-sim`."""
+    """Entry point of `fed-sim`. A defect in the program is one line and exit code 70."""
     telemetry.switch_off()
-    app()
+    try:
+        app()
+    except Exception as defect:
+        where = traceback.extract_tb(defect.__traceback__)[-1]
+        place = f"{Path(where.filename).name}:{where.lineno}"
+        name = type(defect).__name__
+        print(f"fed-sim: internal error ({name} at {place}); please report it.", file=sys.stderr)
+        sys.exit(DEFECT)
 
 
 def _print_result(result: Result) -> None:
@@ -234,6 +245,12 @@ def _print_result(result: Result) -> None:
         print(f"No site for subject {subject}: it took no part.")
     for subject in result.cohort.left_out:
         print(f"Left out, unusable: {subject} (fed-client check says why).")
+    for site in result.cohort.sites:
+        if not site.held_out:
+            print(f"{site.name} holds out nobody: it trains, but nothing is measured there.")
+    warnings = sum(finding.severity == "warning" for finding in result.cohort.findings)
+    if warnings:
+        print(f"{warnings} warnings about the scans: data.findings in results.json.")
     print("\n".join(result.verdict.lines()))
 
 
@@ -241,18 +258,6 @@ def _require_folder(data: Path) -> None:
     if not data.is_dir():
         problem = "is a file, not a folder" if data.exists() else "does not exist"
         raise typer.BadParameter(f"{data} {problem}.", param_hint="DATA")
-
-
-@contextmanager
-def _standard_output_to_error(yes: bool) -> Iterator[None]:
-    """With --json, standard output carries the document and nothing else."""
-    standard = sys.stdout
-    if yes:
-        sys.stdout = sys.stderr
-    try:
-        yield
-    finally:
-        sys.stdout = standard
 
 
 @contextmanager
@@ -279,7 +284,8 @@ def _failing_in_words() -> Iterator[None]:
         if findings:
             from client.cli import print_findings
 
-            print_findings(findings)
+            with redirect_stdout(sys.stderr):
+                print_findings(findings)
         print(f"fed-sim: {error}", file=sys.stderr)
         raise typer.Exit(FAILED) from None
 

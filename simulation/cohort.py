@@ -5,6 +5,7 @@ Every site's subjects are checked and preprocessed by themselves, as each hospit
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,7 +95,8 @@ def assemble(data: Path, config: FederationConfig, cache: Path) -> Cohort:
         training, held_out = divide(
             ready, split.grades, seed=config.seed, fraction=config.held_out_fraction
         )
-        if does[name] == "evaluates":
+        # a site can fall below the minimum by subjects that cannot be used
+        if does[name] == "evaluates" or len(ready) < config.split.min_subjects:
             training, held_out = (), tuple(ready)
         sites.append(
             SiteCohort(
@@ -119,6 +121,24 @@ def assemble(data: Path, config: FederationConfig, cache: Path) -> Cohort:
     if not any(site.trains for site in cohort.sites):
         raise UnusableData("No site has a subject to train on.", findings)
     return cohort
+
+
+def changed_sites(cohort: Cohort, folder: Path) -> list[str]:
+    """Sites whose subjects, their files or their roles differ from what `write_sites` last wrote."""
+    changed = []
+    for site in cohort.sites:
+        manifest = folder / site.name / "site.json"
+        if not manifest.exists():
+            continue
+        before = json.loads(manifest.read_text(encoding="utf-8"))
+        now = {"training": site.training, "held_out": site.held_out}
+        # an entry's name tells its contents; the cache itself may have moved
+        if any(
+            [Path(path).name for path in before[role].values()] != [e.folder.name for e in entries]
+            for role, entries in now.items()
+        ):
+            changed.append(site.name)
+    return changed
 
 
 def write_sites(cohort: Cohort, folder: Path, config: FederationConfig) -> dict[int, Path]:

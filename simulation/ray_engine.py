@@ -23,6 +23,14 @@ class RayMissing(RuntimeError):
     """The optional extra is not installed."""
 
 
+def require_ray() -> None:
+    """Raises:
+    RayMissing: ray is not installed.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise RayMissing("The Ray engine is not installed: pip install 'fedbrats[ray]'.")
+
+
 def run_on_ray(
     server_app: ServerApp,
     client_app: ClientApp,
@@ -37,8 +45,7 @@ def run_on_ray(
     Raises:
         RayMissing: ray is not installed.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise RayMissing("The Ray engine is not installed: pip install 'fedbrats[ray]'.")
+    require_ray()
     telemetry.switch_off()  # before Ray is imported; its workers inherit the environment
     from flwr.simulation import run_simulation
 

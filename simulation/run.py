@@ -18,9 +18,9 @@ from server.app import app as server_app
 from server.checkpoint import RunFolder
 from server.history import History
 from server.tables import Verdict, results_document, verdict
-from simulation.cohort import Cohort, assemble, write_sites
+from simulation.cohort import Cohort, UnusableData, assemble, changed_sites, write_sites
 from simulation.grid import run_in_process
-from simulation.ray_engine import run_on_ray
+from simulation.ray_engine import require_ray, run_on_ray
 from simulation.threshold import ThresholdBaseline, flair_threshold
 
 
@@ -50,13 +50,15 @@ def simulate(
         ConfigError: `out` holds a run with another configuration, or something else.
         AlreadyInUse: another process is running in `out`.
         UnusableData, SplitError, CacheError, FederationFailed, BadWeights: as their modules say.
+        RayMissing: the engine is not installed.
     """
+    if engine.name == "ray":
+        require_ray()
     _require_buildable(config)
     folder = claim_folder(out, config)
     with locked(folder.lock):
         cohort = assemble(data, config, cache or out / "cache")
-        sites = write_sites(cohort, out / "sites", config)
-        run_engine(engine, folder, sites)
+        run_engine(engine, folder, cohort, config)
         threshold = flair_threshold(cohort, config)
         with History(folder.history) as history:
             result = Result(folder, cohort, verdict(history), threshold)
@@ -85,14 +87,22 @@ def claim_folder(out: Path, config: FederationConfig) -> RunFolder:
                 "Choose another --out, or use the same configuration to continue it."
             )
         return folder
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    if out.is_file() or (out.is_dir() and not all(p.match(".*.tmp") for p in out.iterdir())):
         raise ConfigError(f"{out} is not empty and holds no run; choose another --out.")
     out.mkdir(parents=True, exist_ok=True)
     write_text_atomically(folder.config, dump_config(config))
     return folder
 
 
-def run_engine(engine: Engine, folder: RunFolder, sites: Mapping[int, Path]) -> None:
+def run_engine(engine: Engine, folder: RunFolder, cohort: Cohort, config: FederationConfig) -> None:
+    """Run the cohort's federation in `folder`, or continue it.
+
+    Raises:
+        UnusableData: the rounds that `folder` holds are of other subjects.
+    """
+    if folder.history.exists():
+        _require_same_subjects(folder, cohort)
+    sites = write_sites(cohort, folder.path / "sites", config)
     if engine.name == "ray":
         run_on_ray(
             server_app,
@@ -104,6 +114,16 @@ def run_engine(engine: Engine, folder: RunFolder, sites: Mapping[int, Path]) -> 
         )
     else:
         run_in_process(server_app, client_app, folder.path, sites)
+
+
+def _require_same_subjects(folder: RunFolder, cohort: Cohort) -> None:
+    with History(folder.history) as history:
+        changed = changed_sites(cohort, folder.path / "sites") if history.rounds() else []
+    if changed:
+        raise UnusableData(
+            f"{folder.path} was begun with other scans, or other ones held out, at "
+            f"{', '.join(changed)}. Restore them, or choose another --out."
+        )
 
 
 def _results_json(history: History, result: Result, data: Path) -> str:

@@ -28,7 +28,7 @@ def describe(data: Path, config: FederationConfig) -> dict[str, Any]:
             training, held_out = (), members
         grades = [split.grades[member] for member in members]
         sites[name] = {
-            "role": does[name],
+            "role": "trains" if training else "evaluates",  # its few may all be held out
             "HGG": grades.count("HGG"),
             "LGG": grades.count("LGG"),
             "training": list(training),

@@ -14,6 +14,7 @@ import torch
 
 from common.config import FederationConfig
 from common.metrics import confusion_matrix, structure_scores
+from common.progress import track
 from simulation.cohort import Cohort
 from sites.cache import CachedSubject
 from sites.preprocess import restore
@@ -40,7 +41,8 @@ def flair_threshold(cohort: Cohort, config: FederationConfig) -> ThresholdBaseli
     edges = np.linspace(0, 1, STEPS) if config.preprocess.normalise == "minmax" else None
     if edges is None:
         edges = np.linspace(-3, 10, STEPS)
-    curves = [_dice_by_threshold(entry, channel, edges) for entry in training]
+    tracked = track(training, "naive FLAIR threshold", len(training), "subjects")
+    curves = [_dice_by_threshold(entry, channel, edges) for entry in tracked]
     best = float(edges[int(np.argmax(np.mean(curves, axis=0)))])
     dice = {
         site.name: [_held_out_dice(entry, channel, best) for entry in site.held_out]

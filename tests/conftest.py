@@ -7,7 +7,10 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: other sessions share the machine
 
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
 TINY = (  # the smallest that the reference U-Net can be: five levels, so 32 voxels a side
     "preprocess.shape=[32,32,32]",
+    "network.name=unet",
+    "network.norm=instance",
     "network.channels=[2,2,2,2,2]",
     "training.threads=1",
     "training.epochs=1",
@@ -30,6 +35,14 @@ TINY = (  # the smallest that the reference U-Net can be: five levels, so 32 vox
     "rounds.number=3",
     "held_out_fraction=0.3",
 )
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    folder: Path
+    exit_code: int
+    stdout: str
+    stderr: str
 
 
 @pytest.fixture(scope="session")
@@ -93,3 +106,25 @@ def make_subject(tmp_path: Path) -> Callable[..., CachedSubject]:
         return CachedSubject(subject_id, folder, Geometry(truth.shape, (1, 1, 1), box, box), "")
 
     return make
+
+
+@pytest.fixture(scope="session")
+def cohort_cache(prepared: Preparation) -> Path:
+    """The cache folder of `prepared`, so that no test waits for the same subjects again."""
+    return prepared.ready[0].folder.parent
+
+
+@pytest.fixture(scope="session")
+def finished_run(
+    cohort_data: Path,
+    cohort_cache: Path,
+    tiny_arguments: tuple[str, ...],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> FinishedRun:
+    """`fed-sim run --json` of the tiny configuration, in a process of its own. Read only."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    program = str(Path(sys.executable).parent / "fed-sim")
+    cache = ("--cache", str(cohort_cache))
+    arguments = ("run", str(cohort_data), "--out", str(out), "--json", *cache, *tiny_arguments)
+    done = subprocess.run((program, *arguments), capture_output=True, text=True, check=False)
+    return FinishedRun(out, done.returncode, done.stdout, done.stderr)

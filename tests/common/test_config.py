@@ -118,7 +118,7 @@ def test_modalities_take_the_channel_order_of_the_system(tmp_path):
         ("hello", "found a str"),
         ("!!python/object/apply:os.getcwd []", "not valid YAML"),
         ("name: 2020-13-45", "not valid YAML"),  # PyYAML raises a bare ValueError
-        ("[" * 1500, "not valid YAML"),
+        ("[" * 500, "not valid YAML"),
         ("? [a]\n: b", "not valid YAML"),
         ("preset: [quick]", "preset ['quick'] is not one of quick, default, reference"),
         ("preset: qick", "preset 'qick' is not one of"),

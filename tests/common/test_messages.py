@@ -46,7 +46,9 @@ TRAIN = TrainTask(3, "ab" * 32, 1e-4, WEIGHTS)
 UPDATE = SiteUpdate("Köln-1", 3, 12, 0.1 + 0.2, 12.5, 3.25, WEIGHTS)
 EVALUATE = EvaluateTask(3, "ab" * 32, True, WEIGHTS)
 MEANS = {"loss": 1 / 3, "dice/WT": 1.0, "hd95/ET": math.nan}
-REPORT = SiteReport("Köln-1", 3, 0.5, SiteMetrics(5, MEANS, {"loss": 5, "dice/WT": 5, "hd95/ET": 0}))
+REPORT = SiteReport(
+    "Köln-1", 3, 0.5, SiteMetrics(5, MEANS, {"loss": 5, "dice/WT": 5, "hd95/ET": 0})
+)
 ALL: list[tuple[Any, Callable[[Any], RecordDict], Callable[[RecordDict], Any]]] = [
     (CARD, pack_site_card, unpack_site_card),
     (replace(CARD, trains=False, n_training=0), pack_site_card, unpack_site_card),

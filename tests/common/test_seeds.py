@@ -12,7 +12,7 @@ from common.seeds import derive_seed
 
 def test_seeds_are_fixed_for_good():
     """A published run must be repeatable with the next release."""
-    text = "1\x1ftrain\x1fsite-a\x1f3".encode()
+    text = b"1\x1ftrain\x1fsite-a\x1f3"
     expected = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") // 2
     assert derive_seed(1, "train", "site-a", 3) == expected == 5352092574323346826
 

@@ -1,0 +1,553 @@
+"""Rounds with scripted hospitals: who counts, what is averaged, and what a restart continues."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, RecordDict
+from flwr.app.error import Error
+
+from common.messages import SiteReport, SiteUpdate, pack_site_update
+from common.metrics import SiteMetrics, mean_dice
+from common.model import initial_weights
+from common.weights import BadWeights, Weights, load_weights
+from server.checkpoint import load_checkpoint
+from server.history import History
+from server.roll_call import FederationFailed
+from server.tables import verdict
+from tests.server.conftest import EVALUATE, FINAL, TRAIN, measured, trained
+
+
+def expected_rounds(federation, rounds: int, absent: frozenset[tuple[str, int]] = frozenset()):
+    """The global weights after each round, by a float64 mean written out."""
+    weights = initial_weights(federation.config)
+    after: list[Weights] = []
+    rate = federation.config.training.learning_rate
+    for number in range(1, rounds + 1):
+        present = [card for s, card in federation.sites.items() if (s, number) not in absent]
+        total = sum(card.n_training for card in present)
+        updates = [(c.n_training, trained(weights, c.site, number, rate)) for c in present]
+        mean = {}
+        for name, tensor in weights.items():
+            exact = torch.zeros(tensor.shape, dtype=torch.float64)
+            for n, update in updates:
+                exact += update[name].double() * n / total
+            mean[name] = (exact if tensor.is_floating_point() else exact.round()).to(tensor.dtype)
+        weights = mean
+        after.append(weights)
+    return after
+
+
+def saved_bytes(federation) -> dict[str, bytes]:
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(federation.folder.path.rglob("*.safetensors"))
+    }
+
+
+def every_checkpoint(federation, on_round=lambda record: None) -> list[str]:
+    """Run, and return each round's sha256 as recorded."""
+    federation.run(on_round)
+    return [record.sha256 for record in federation.rounds()]
+
+
+def in_history(federation, ask: Callable[[History], Any]) -> Any:
+    with History(federation.folder.history) as history:
+        return ask(history)
+
+
+def without_times(federation) -> str:
+    return repr([replace(record, seconds=0.0) for record in federation.rounds()])
+
+
+def test_rounds_are_fedavg_and_all_of_it_is_recorded(federation):
+    f = federation()
+    seen = []
+    f.run(lambda record: seen.append((record.round, load_round(f, record))))
+    for (number, weights), exact in zip(seen, expected_rounds(f, 3), strict=True):
+        for name, tensor in exact.items():
+            assert weights[name].dtype == tensor.dtype, name
+            np.testing.assert_allclose(weights[name], tensor, rtol=0, atol=1e-6, err_msg=name)
+        record = f.rounds()[number - 1]
+        assert [c.site for c in record.contributions] == ["a", "bb", "ccc"]
+        assert all(c.trained and c.train_loss == 0.25 for c in record.contributions)
+        assert record.contributions[0].bytes == sum(
+            t.numel() * t.element_size() for t in weights.values()
+        )
+        for site, n in {"a": 2, "bb": 1, "ccc": 4}.items():
+            assert record.metrics[site].means == measured(weights, site, n, final=False).means
+        losses = [(m.means["loss"], m.n) for m in record.metrics.values()]
+        assert record.loss == pytest.approx(sum(loss * n for loss, n in losses) / 7)
+    counter = next(name for name in weights if name.endswith("num_batches_tracked"))
+    assert weights[counter].dtype == torch.int64
+    assert int(weights[counter]) > 0
+
+
+def load_round(federation, record) -> Weights:
+    return load_checkpoint(federation.folder, record.round, record.sha256)
+
+
+def test_the_end_measures_the_chosen_model_with_surface_distances(federation):
+    f = federation()
+    f.run()
+    number, metrics = in_history(f, lambda history: history.final())
+    records = f.rounds()
+    assert number == max(records, key=lambda r: r.mean_dice).round
+    weights, about = load_weights(f.folder.model)
+    assert about["round"] == number
+    assert about["sites"] == ["a", "bb", "ccc"]
+    for site, n in {"a": 2, "bb": 1, "ccc": 4}.items():
+        expected = measured(weights, site, n, final=True)
+        assert repr(metrics[site]) == repr(expected)
+    assert metrics["a"].means["hd95/WT"] > 0
+    _, worst = load_weights(f.folder.model_worst_site)
+    assert worst["round"] == max(records, key=lambda r: r.worst[1]).round
+    assert in_history(f, verdict).everyone
+
+
+def test_the_order_of_nodes_does_not_matter(federation):
+    orders = (["a", "bb", "ccc"], ["ccc", "a", "bb"], ["bb", "ccc", "a"])
+    runs = []
+    for n, order in enumerate(orders):
+        f = federation(folder=f"run{n}")
+        f.run(nodes=dict(enumerate(order, start=10)))
+        runs.append((saved_bytes(f), without_times(f)))
+    assert runs[0] == runs[1] == runs[2]
+
+
+def with_first(update: SiteUpdate, change: Callable[[torch.Tensor], torch.Tensor]) -> SiteUpdate:
+    name = next(iter(update.weights))
+    return replace(update, weights={**update.weights, name: change(update.weights[name])})
+
+
+def garbled(update: SiteUpdate) -> RecordDict:
+    content = pack_site_update(update)
+    name = next(iter(content["weights"]))
+    content["weights"][name] = Array("float32", (2,), "numpy.ndarray", b"\x93NUMPY garbage")
+    return content
+
+
+BAD_UPDATES: dict[str, tuple[Callable[[SiteUpdate], Any], str]] = {
+    "error": (lambda u: "CUDA out of memory", "CUDA out of memory"),
+    "error without reason": (lambda u: Error(code=3), "failed without a reason"),
+    "NaN": (lambda u: with_first(u, lambda t: t * math.nan), "not finite"),
+    "infinite": (lambda u: with_first(u, lambda t: t / 0), "not finite"),
+    "shape": (lambda u: with_first(u, lambda t: t[None]), "expected torch.float32"),
+    "dtype": (lambda u: with_first(u, lambda t: t.double()), "torch.float64"),
+    "missing tensor": (lambda u: replace(u, weights=dict([*u.weights.items()][1:])), "lacks 1"),
+    "another site": (lambda u: replace(u, site="a"), "from a for round"),
+    "another round": (lambda u: replace(u, round=u.round + 1), "for round"),
+    "more subjects": (lambda u: replace(u, n_training=1000), "1000 subjects but announced 10"),
+    "NaN loss": (lambda u: replace(u, loss=math.nan), "loss"),
+    "infinite loss": (lambda u: replace(u, loss=math.inf), "loss"),
+    "infinite time": (lambda u: replace(u, seconds=math.inf), "time"),
+    "empty": (lambda u: RecordDict(), "no ConfigRecord"),
+    "garbled": (garbled, "cannot be decoded"),
+}
+
+
+@pytest.mark.parametrize("kind", ["error", "NaN", "more subjects", "garbled"])
+def test_by_default_one_bad_update_fails_the_round_and_keeps_those_before(federation, kind):
+    spoil, said = BAD_UPDATES[kind]
+    f = federation("rounds.number=2")
+    f.spoil[TRAIN, "bb", 2] = spoil
+    with pytest.raises(FederationFailed) as caught:
+        f.run()
+    assert "Round 2 failed: 2 sites could train, 3 are needed" in str(caught.value)
+    assert "bb: " in str(caught.value)
+    assert said in str(caught.value)
+    assert "  a: " not in str(caught.value)
+    assert [record.round for record in f.rounds()] == [1]
+    assert list(saved_bytes(f)) == ["round-0001.safetensors"]
+    judged = in_history(f, verdict)
+    assert not judged.complete
+    assert [(n, site) for n, site, _ in judged.stopped] == [(2, "bb")]
+    assert said in judged.stopped[0][2]
+
+
+def test_with_min_sites_the_others_go_on_and_the_verdict_says_so(federation):
+    """One run, in each round of which bb sends another bad update; in the last a good one."""
+    bad = list(BAD_UPDATES.values())
+    last = len(bad) + 1
+    f = federation("rounds.min_sites=2", f"rounds.number={last}", "rounds.plateau_patience=null")
+    for number, (spoil, _) in enumerate(bad, start=1):
+        f.spoil[TRAIN, "bb", number] = spoil
+    after: list[Weights] = []
+    f.run(lambda record: after.append(load_round(f, record)))
+    absent = frozenset(("bb", number) for number in range(1, last))
+    for weights, exact in zip(after, expected_rounds(f, last, absent), strict=True):
+        for name, tensor in exact.items():
+            np.testing.assert_allclose(weights[name], tensor, rtol=0, atol=1e-5, err_msg=name)
+    judged = in_history(f, verdict)
+    assert judged.complete
+    assert not judged.everyone
+    everything = tuple(range(1, last + 1))
+    assert judged.contributed == {"a": everything, "bb": (last,), "ccc": everything}
+    for (number, site, reason), (_, said) in zip(judged.absent, bad, strict=True):
+        assert (site, judged.absent[number - 1][2]) == ("bb", reason)
+        assert said in reason
+        assert f"  Round {number}: without bb: {reason}" in judged.lines()
+
+
+def test_fewer_than_min_sites_fail_and_every_one_is_named(federation):
+    f = federation("rounds.min_sites=2")
+    f.spoil[TRAIN, "a", 1] = f.spoil[TRAIN, "ccc", 1] = lambda update: "the disk is full"
+    with pytest.raises(FederationFailed) as caught:
+        f.run()
+    assert "1 sites could train, 2 are needed" in str(caught.value)
+    assert "a: the disk is full" in str(caught.value)
+    assert "ccc: the disk is full" in str(caught.value)
+    assert f.rounds() == []
+
+
+def with_means(report: SiteReport, **means: float) -> SiteReport:
+    changed = report.metrics.means | {k.replace("__", "/"): v for k, v in means.items()}
+    return replace(report, metrics=SiteMetrics(report.metrics.n, changed, report.metrics.defined))
+
+
+def without(report: SiteReport, key: str) -> SiteReport:
+    means = {k: v for k, v in report.metrics.means.items() if k != key}
+    return replace(report, metrics=SiteMetrics(report.metrics.n, means, report.metrics.defined))
+
+
+def with_n(report: SiteReport, n: int) -> SiteReport:
+    defined = {key: min(count, n) for key, count in report.metrics.defined.items()}
+    return replace(report, metrics=SiteMetrics(n, report.metrics.means, defined))
+
+
+BAD_REPORTS: dict[str, tuple[Callable[[SiteReport], Any], str]] = {
+    "error": (lambda r: "CUDA out of memory", "CUDA out of memory"),
+    "NaN loss": (lambda r: with_means(r, loss=math.nan), "validation loss"),
+    "no loss": (lambda r: without(r, "loss"), "validation loss"),
+    "NaN Dice": (lambda r: with_means(r, dice__WT=math.nan), "metrics"),
+    "no Dice": (lambda r: without(r, "dice/TC"), "metrics"),
+    "Dice of 5": (lambda r: with_means(r, dice__WT=5.0), "metrics"),
+    "infinite HD95": (lambda r: with_means(r, iou__WT=math.inf), "metrics"),
+    "other subjects": (lambda r: with_n(r, 40), "40 subjects but announced 4"),
+    "another site": (lambda r: replace(r, site="a"), "from a for round"),
+    "another round": (lambda r: replace(r, round=9), "for round 9"),
+    "empty": (lambda r: RecordDict(), "no ConfigRecord"),
+}
+
+
+@pytest.mark.parametrize("kind", ["error", "NaN loss"])
+def test_by_default_one_bad_report_fails_the_round(federation, kind):
+    spoil, said = BAD_REPORTS[kind]
+    f = federation()
+    f.spoil[EVALUATE, "ccc", 2] = spoil
+    with pytest.raises(FederationFailed) as caught:
+        f.run()
+    assert "Round 2 failed: 2 sites could evaluate, 3 are needed" in str(caught.value)
+    assert "ccc: " in str(caught.value)
+    assert said in str(caught.value)
+    assert [record.round for record in f.rounds()] == [1]
+
+
+def test_with_min_sites_a_bad_report_is_left_out_and_told(federation):
+    bad = list(BAD_REPORTS.values())
+    f = federation("rounds.min_sites=2", f"rounds.number={len(bad) + 1}")
+    for number, (spoil, _) in enumerate(bad, start=1):
+        f.spoil[EVALUATE, "ccc", number] = spoil
+    f.run()
+    reporting = [sorted(record.metrics) for record in f.rounds()]
+    assert reporting == [["a", "bb"]] * len(bad) + [["a", "bb", "ccc"]]
+    judged = in_history(f, verdict)
+    assert [(n, site) for n, site, _ in judged.absent] == [
+        (n, "ccc") for n in range(1, len(bad) + 1)
+    ]
+    for (_, _, reason), (_, said) in zip(judged.absent, bad, strict=True):
+        assert said in reason
+    assert not judged.everyone
+
+
+def test_a_round_without_the_worst_site_is_not_chosen_for_looking_better(federation):
+    f = federation("rounds.min_sites=2")
+    dices = {"a": 0.8, "bb": 0.8, "ccc": 0.1}
+    for (site, dice), number in ((pair, n) for pair in dices.items() for n in (1, 2, 3)):
+        value = dice + number / 100
+        f.spoil[EVALUATE, site, number] = lambda r, value=value: with_means(
+            r, dice__WT=value, dice__TC=value, dice__ET=value
+        )
+    f.spoil[EVALUATE, "ccc", 2] = lambda report: "the machine is off"
+    f.run()
+    assert max(f.rounds(), key=lambda r: r.mean_dice).round == 2
+    assert load_weights(f.folder.model)[1]["round"] == 3
+    assert load_weights(f.folder.model_worst_site)[1]["round"] == 3
+
+
+def test_best_by_mean_and_by_worst_site_are_kept_and_the_rest_is_pruned(federation):
+    f = federation("rounds.number=5")
+    by_round = {1: (0.5, 0.5), 2: (0.9, 0.2), 3: (0.4, 0.6), 4: (0.9, 0.2), 5: (0.3, 0.3)}
+    for number, (of_a, of_others) in by_round.items():
+        for site in f.sites:
+            value = of_a if site == "a" else of_others
+            f.spoil[EVALUATE, site, number] = lambda r, value=value: with_means(
+                r, dice__WT=value, dice__TC=value, dice__ET=value
+            )
+    kept = []
+    f.run(lambda record: kept.append(sorted(p.name for p in f.folder.path.glob("checkpoints/*"))))
+    # mean over sites: 0.5, 0.433, 0.533, 0.433, 0.3; worst: 0.5, 0.2, 0.4, 0.2, 0.3
+    rounds = [[int(name[6:10]) for name in names] for names in kept]
+    assert rounds == [[1], [1, 2], [1, 3], [1, 3, 4], [1, 3, 5]]
+    assert load_weights(f.folder.model)[1]["round"] == 3
+    assert load_weights(f.folder.model_worst_site)[1]["round"] == 1
+    assert in_history(f, lambda history: history.final())[0] == 3
+
+
+def crash(answer: object) -> object:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("task", "site", "number"),
+    [
+        (TRAIN, "a", 1),
+        (TRAIN, "bb", 3),
+        (EVALUATE, "a", 3),  # the checkpoint of round 3 is not written yet
+        (EVALUATE, "ccc", 3),
+        (FINAL, "bb", None),
+    ],
+)
+def test_a_restart_ends_as_if_nothing_had_happened(federation, task, site, number):
+    whole = federation("rounds.number=4", folder="whole")
+    whole.run()
+    broken = federation("rounds.number=4", folder="broken")
+    best = in_history(whole, lambda history: history.final())[0]
+    broken.spoil[task, site, number or best] = crash
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    done = len(broken.rounds())
+    assert done == (4 if task == FINAL else (number or 0) - 1)
+    broken.spoil.clear()
+    broken.asked.clear()
+    broken.run()
+    assert {n for kind, _, n in broken.asked if kind == TRAIN} == set(range(done + 1, 5))
+    assert saved_bytes(broken) == saved_bytes(whole)
+    assert without_times(broken) == without_times(whole)
+    ends = [repr(in_history(f, lambda history: history.final())) for f in (broken, whole)]
+    assert ends[0] == ends[1]
+
+
+def test_a_restart_after_a_crash_between_recording_and_pruning(federation):
+    whole = federation(folder="whole")
+    whole.run()
+    broken = federation(folder="broken")
+
+    def stop(record) -> None:
+        if record.round == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken.run(stop)
+    assert len(broken.rounds()) == 2
+    # as if killed before pruning, and in the middle of writing the next
+    left = broken.folder.checkpoint(1)
+    left.write_bytes(b"an older round")
+    (left.parent / ".round-0003.safetensors.77.tmp").write_bytes(b"half")
+    left.with_name("round-0003.safetensors").write_bytes(b"written, but never recorded")
+    broken.run()
+    assert without_times(broken) == without_times(whole)
+    assert broken.folder.model.read_bytes() == whole.folder.model.read_bytes()
+    assert not list(left.parent.glob(".*"))
+
+
+def test_a_failed_round_succeeds_when_the_site_is_back(federation):
+    whole = federation(folder="whole")
+    expected = every_checkpoint(whole)
+    f = federation()
+    f.spoil[TRAIN, "bb", 2] = lambda update: "the disk is full"
+    with pytest.raises(FederationFailed):
+        f.run()
+    f.spoil.clear()
+    assert every_checkpoint(f) == expected
+    judged = in_history(f, verdict)
+    assert judged.complete
+    assert judged.everyone
+    assert judged.stopped == ()
+
+
+def test_a_complete_run_does_nothing_more(federation):
+    f = federation()
+    f.run()
+    before, judged = saved_bytes(f), in_history(f, verdict)
+    f.asked.clear()
+    f.run()
+    assert {kind for kind, _, _ in f.asked} == {"query"}
+    assert saved_bytes(f) == before
+    assert in_history(f, verdict) == judged
+
+
+def test_a_failing_final_evaluation_keeps_all_rounds_and_can_be_repeated(federation):
+    f = federation()
+    for number in (1, 2, 3):
+        f.spoil[FINAL, "a", number] = lambda report: "the machine is off"
+    with pytest.raises(FederationFailed, match="a: the machine is off"):
+        f.run()
+    assert len(f.rounds()) == 3
+    assert not in_history(f, verdict).complete
+    f.spoil.clear()
+    f.run()
+    judged = in_history(f, verdict)
+    assert judged.complete
+    assert judged.everyone
+
+
+def test_a_final_evaluation_without_everybody_is_told(federation):
+    f = federation("rounds.min_sites=2")
+    for number in (1, 2, 3):
+        f.spoil[FINAL, "a", number] = lambda report: "the machine is off"
+    f.run()
+    judged = in_history(f, verdict)
+    assert judged.complete
+    assert not judged.everyone
+    assert [(site, why.endswith("the machine is off")) for _, site, why in judged.absent] == [
+        ("a", True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda sites: sites.pop("bb"), "bb"),
+        (lambda sites: sites.update(d=replace(sites["a"], site="d")), "d"),
+        (lambda sites: sites.update(a=replace(sites["a"], n_training=4)), "a"),
+        (lambda sites: sites.update(a=replace(sites["a"], n_held_out=3)), "a"),
+        (lambda sites: sites.update(ccc=replace(sites["ccc"], trains=False)), "ccc"),
+    ],
+)
+def test_a_run_is_not_continued_with_other_sites_or_subjects(federation, change, named):
+    f = federation()
+    f.spoil[TRAIN, "a", 2] = crash
+    with pytest.raises(KeyboardInterrupt):
+        f.run()
+    f.spoil.clear()
+    before = dict(f.sites)
+    change(f.sites)
+    with pytest.raises(FederationFailed, match=f"other sites or subjects; changed: {named}. "):
+        f.run()
+    f.sites = before
+    f.run()
+    assert len(f.rounds()) == 3
+
+
+def test_before_the_first_complete_round_sites_may_still_change(federation):
+    f = federation()
+    f.spoil[TRAIN, "bb", 1] = lambda update: "the disk is full"
+    with pytest.raises(FederationFailed):
+        f.run()
+    del f.sites["bb"]
+    f.run()
+    judged = in_history(f, verdict)
+    assert judged.contributed == {"a": (1, 2, 3), "ccc": (1, 2, 3)}
+
+
+def test_a_run_is_not_continued_with_another_configuration(federation):
+    f = federation()
+    f.spoil[TRAIN, "a", 2] = crash
+    with pytest.raises(KeyboardInterrupt):
+        f.run()
+    other = federation("seed=5")
+    with pytest.raises(FederationFailed, match="another configuration"):
+        other.run()
+
+
+def test_a_damaged_checkpoint_is_refused_and_not_trained_on(federation):
+    f = federation()
+    f.spoil[TRAIN, "a", 3] = crash
+    with pytest.raises(KeyboardInterrupt):
+        f.run()
+    f.spoil.clear()
+    f.asked.clear()
+    path = f.folder.checkpoint(2)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BadWeights, match="round 2 was recorded"):
+        f.run()
+    assert {kind for kind, _, _ in f.asked} == {"query"}
+
+
+def scripted_losses(federation, losses: list[float]) -> None:
+    for site in federation.sites:
+        for number, loss in enumerate(losses, start=1):
+            federation.spoil[EVALUATE, site, number] = lambda r, loss=loss: with_means(r, loss=loss)
+
+
+def test_training_ends_early_and_stays_ended(federation):
+    f = federation("rounds.number=9", "rounds.stop_patience=2")
+    scripted_losses(f, [1.0, 0.5, 0.6, 0.7, 0.1])
+    f.run()
+    assert len(f.rounds()) == 4
+    assert in_history(f, verdict).complete
+    f.run()
+    assert len(f.rounds()) == 4
+
+
+def test_sites_are_told_the_lowered_rate_also_after_a_restart(federation):
+    assign = ("rounds.number=6", "rounds.plateau_patience=1", "rounds.plateau_factor=0.1")
+    losses = [1.0, 0.9, 0.95, 0.96, 0.97, 0.98]
+    f = federation(*assign, "training.learning_rate=0.01")
+    scripted_losses(f, losses)
+    f.spoil[TRAIN, "bb", 5] = crash
+    with pytest.raises(KeyboardInterrupt):
+        f.run()
+    del f.spoil[TRAIN, "bb", 5]
+    f.run()
+    assert f.rates == pytest.approx({1: 0.01, 2: 0.01, 3: 0.01, 4: 0.01, 5: 0.001, 6: 0.001})
+    assert [record.learning_rate for record in f.rounds()] == list(f.rates.values())
+
+
+def test_each_site_is_asked_only_for_what_it_can_do(federation):
+    f = federation("rounds.number=1")
+    f.sites["bb"] = replace(f.sites["bb"], trains=False, n_training=0)
+    f.sites["ccc"] = replace(f.sites["ccc"], n_held_out=0)
+    f.run()
+    assert f.asked == [
+        *(("query", site, 0) for site in f.sites),
+        (TRAIN, "a", 1),
+        (TRAIN, "ccc", 1),
+        (EVALUATE, "a", 1),
+        (EVALUATE, "bb", 1),
+        (FINAL, "a", 1),
+        (FINAL, "bb", 1),
+    ]
+    assert "bb" not in in_history(f, verdict).contributed
+
+
+def test_the_server_holds_no_update_while_the_next_site_works(federation):
+    """Peak memory is flat in the number of sites: no model lies about while another is trained."""
+    f = federation("rounds.number=1")
+    numbers = {site: replace(f.sites["a"], site=site) for site in "abcd"}
+    f.sites = numbers
+    shape = max((t.shape for t in initial_weights(f.config).values()), key=math.prod)
+    alive = {}
+
+    def count(update: SiteUpdate) -> SiteUpdate:
+        found = gc.get_objects()
+        tensors = sum(
+            type(o) is torch.Tensor and o.shape == shape and o.dtype == torch.float32 for o in found
+        )
+        arrays = sum(type(o) is Array and tuple(o.shape) == tuple(shape) for o in found)
+        alive[update.site] = (tensors, arrays)
+        return update
+
+    for site in f.sites:
+        f.spoil[TRAIN, site, 1] = count
+    f.run()
+    assert len(set(alive.values())) == 1, alive
+
+
+def test_mean_dice_of_a_record_is_that_of_its_sites(federation):
+    f = federation("rounds.number=1")
+    f.run()
+    (record,) = f.rounds()
+    dices = [mean_dice(metrics) for metrics in record.metrics.values()]
+    assert record.mean_dice == pytest.approx(sum(dices) / 3)
+    assert record.worst[1] == min(dices)
