@@ -14,7 +14,7 @@ import argparse
 
 import torch
 
-from common.config import load_config
+from common.config_file import load_config
 from common.loss import dice_focal_loss
 from common.model import network_for
 from common.network import parameter_count, segment

@@ -18,7 +18,8 @@ from nibabel.orientations import apply_orientation, io_orientation, ornt_transfo
 from client.device import best_device, use_threads
 from client.evaluation import predict
 from common.brats import CODINGS, STRUCTURES
-from common.config import ConfigError, FederationConfig
+from common.config import FederationConfig
+from common.config_file import ConfigError
 from common.files import write_atomically
 from common.model import network_for
 from common.weights import BadWeights, check_update, load_weights

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import FederationConfig, load_config
+from common.config import FederationConfig
+from common.config_file import load_config
 from common.files import write_text_atomically
 from sites.cache import CachedSubject, load_entry
 from sites.finding import Finding

@@ -7,7 +7,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from common.config import load_config
+from common.config_file import load_config
 from common.console import standard_output
 from server.checkpoint import RunFolder
 from server.history import RoundRecord

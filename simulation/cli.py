@@ -72,7 +72,7 @@ def run(
     Exit code 0: every round had all the sites it needs. 1: it failed. 2: wrong usage.
     """
     start_logging()
-    from common.config import load_config
+    from common.config_file import load_config
 
     with _failing_in_words():
         settings = load_config(config, preset=preset, assign=assign or ())
@@ -153,7 +153,7 @@ def split(
 ) -> None:
     """Show which subjects belong to which site, without reading a scan."""
     start_logging()
-    from common.config import load_config
+    from common.config_file import load_config
 
     with _failing_in_words():
         settings = load_config(config, preset=preset, assign=assign or ())
@@ -207,7 +207,7 @@ def results(
 @app.command(name="config")
 def show_config(preset: Preset = None, assign: Assign = None) -> None:
     """Print a federation.yaml with every key, to edit and pass to `run --config`."""
-    from common.config import commented, load_config
+    from common.config_file import commented, load_config
 
     with _failing_in_words():
         print(commented(load_config(preset=preset, assign=assign or ())), end="")
@@ -263,7 +263,7 @@ def _require_folder(data: Path) -> None:
 @contextmanager
 def _failing_in_words() -> Iterator[None]:
     """Expected failures become one clear text and the right exit code, never a traceback."""
-    from common.config import ConfigError
+    from common.config_file import ConfigError
     from common.files import AlreadyInUse
 
     try:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from client.site import write_site
-from common.config import FederationConfig, dump_config
+from common.config import FederationConfig
+from common.config_file import dump_config
 from sites.cache import CachedSubject, prepare_subjects
 from sites.checks import same_patient_twice
 from sites.finding import Finding

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from client.app import app as client_app
-from common.config import ConfigError, FederationConfig, dump_config, load_config
+from common.config import FederationConfig
+from common.config_file import ConfigError, dump_config, load_config
 from common.files import locked, write_text_atomically
 from common.model import network_for
 from server.app import app as server_app

@@ -63,7 +63,7 @@ def tiny_arguments() -> tuple[str, ...]:
 @pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., FederationConfig]:
     """A function: further `section.key=value` texts -> the tiny configuration with these changes."""
-    from common.config import load_config
+    from common.config_file import load_config
 
     return lambda *assign: load_config(preset="quick", assign=[*TINY, *assign])
 

@@ -17,7 +17,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import app
 from client.site import write_site
-from common.config import FederationConfig, dump_config
+from common.config import FederationConfig
+from common.config_file import dump_config
 from common.messages import (
     EvaluateTask,
     TrainTask,

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from client.site import load_site, write_site
-from common.config import FederationConfig, dump_config
+from common.config import FederationConfig
+from common.config_file import dump_config
 from sites.cache import CachedSubject, CacheError
 from sites.finding import Finding
 

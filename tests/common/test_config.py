@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from common.brats import MODALITIES
-from common.config import PRESETS, ConfigError, FederationConfig, dump_config, load_config
+from common.config import PRESETS, FederationConfig
+from common.config_file import ConfigError, dump_config, load_config
 
 
 def load(folder: Path, text: str | bytes, **more: Any) -> FederationConfig:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from common.config import load_config
+from common.config_file import load_config
 from common.model import initial_weights, network_for
 from common.network import NETWORKS
 from common.weights import check_update, save_weights
@@ -51,7 +51,7 @@ def test_another_process_starts_from_the_same_bytes(tmp_path):
     program = f"""
 import sys
 from pathlib import Path
-from common.config import load_config
+from common.config_file import load_config
 from common.model import initial_weights
 from common.weights import save_weights
 config = load_config(assign={[*SMALL, "network.channels=[2, 2, 4, 4, 8]"]!r})

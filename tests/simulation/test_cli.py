@@ -13,7 +13,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from common.config import load_config
+from common.config_file import load_config
 from simulation.cli import app
 
 

@@ -11,7 +11,7 @@ import pytest
 PROGRAM = """
 import contextlib, resource, sys
 from pathlib import Path
-from common.config import load_config
+from common.config_file import load_config
 from simulation.run import Engine, simulate
 
 data, out, cache, *keys = sys.argv[1:]
