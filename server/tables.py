@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -80,18 +81,9 @@ def spans(numbers: Sequence[int]) -> str:
     return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts) or "none"
 
 
-def round_table(record: RoundRecord) -> Table:
+def round_table(record: RoundRecord) -> Group:
     worst_site, worst = record.worst
-    table = Table(
-        title=f"Round {record.round}: Dice {record.mean_dice:.3f} (mean over sites), "
-        f"worst {worst:.3f} at {escape(worst_site)}, validation loss {record.loss:.3f}, "
-        f"{record.seconds:.1f} s",
-        title_justify="left",
-    )
-    table.add_column("site")
-    headings = ["train loss", *_headings("Dice"), *_headings("IoU"), "n", "s"]
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    table = site_table(["train loss", *_headings("Dice"), *_headings("IoU"), "n", "s"])
     contributions = {c.site: c for c in record.contributions}
     for site in sorted(contributions.keys() | record.metrics.keys()):
         c = contributions.get(site)
@@ -104,16 +96,24 @@ def round_table(record: RoundRecord) -> Table:
             str(m.n) if m else "0",
             number(c.seconds, 1) if c else "-",
         )
+    return Group(
+        f"Round {record.round}: Dice {record.mean_dice:.3f} (mean over sites), "
+        f"worst {worst:.3f} at {escape(worst_site)}, validation loss {record.loss:.3f}, "
+        f"{record.seconds:.1f} s",
+        table,
+    )
+
+
+def site_table(headings: Sequence[str]) -> Table:
+    """An empty table with a column for the site and one for each number."""
+    table = Table("site")
+    for heading in headings:
+        table.add_column(heading, justify="right")
     return table
 
 
-def final_table(round_: int, metrics: dict[str, SiteMetrics]) -> Table:
-    table = Table(
-        title=f"Model of round {round_} on each site's held-out subjects", title_justify="left"
-    )
-    table.add_column("site")
-    for heading in (*_headings("Dice"), *_headings("IoU"), *_headings("HD95"), "n"):
-        table.add_column(heading, justify="right")
+def final_table(round_: int, metrics: dict[str, SiteMetrics]) -> Group:
+    table = site_table([*_headings("Dice"), *_headings("IoU"), *_headings("HD95"), "n"])
     for site, m in metrics.items():
         table.add_row(
             escape(site),
@@ -133,7 +133,7 @@ def final_table(round_: int, metrics: dict[str, SiteMetrics]) -> Table:
             for region in REGIONS
         ]
         table.add_row(name, *cells, str(n))
-    return table
+    return Group(f"Model of round {round_} on each site's held-out subjects", table)
 
 
 def average(metrics: dict[str, SiteMetrics], key: str, *, by_subject: bool) -> float:

@@ -14,14 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.table import Table
+from rich.console import Group
 
 from common.config import FederationConfig
 from common.files import locked, write_text_atomically
 from common.metrics import SiteMetrics, mean_dice
 from server.checkpoint import RunFolder
 from server.history import History
-from server.tables import average, number
+from server.tables import average, number, site_table
 from simulation.cohort import Cohort, SiteCohort
 from simulation.run import Engine, claim_folder, run_engine
 
@@ -85,16 +85,10 @@ def compare(cohort: Cohort, out: Path, config: FederationConfig, engine: Engine)
     return Comparison(dict(zip(WAYS, (local, federated, centralised), strict=True)))
 
 
-def comparison_table(comparison: Comparison) -> Table:
+def comparison_table(comparison: Comparison) -> Group:
     """Mean Dice over WT, TC and ET, and WT Dice, each site on its own held-out subjects."""
-    table = Table(
-        title="Dice on each site's own held-out subjects, last round of each", title_justify="left"
-    )
-    table.add_column("site")
-    for heading in ("mean of WT, TC, ET", "WT"):
-        for way in WAYS:
-            table.add_column(f"{way}\n{heading}", justify="right")
-    table.add_column("n", justify="right")
+    measured = ("mean of WT, TC, ET", "WT")
+    table = site_table([*(f"{way}\n{what}" for what in measured for way in WAYS), "n"])
     sites = comparison.metrics["federated"]
     for site, m in sites.items():
         found = [comparison.metrics[way].get(site) for way in WAYS]
@@ -108,7 +102,7 @@ def comparison_table(comparison: Comparison) -> Table:
     table.add_row("worst site", *_summary(comparison, lambda m, key: min(_values(m, key))), "")
     spread = _summary(comparison, lambda m, key: max(_values(m, key)) - min(_values(m, key)))
     table.add_row("spread (best - worst)", *spread, "")
-    return table
+    return Group("Dice on each site's own held-out subjects, last round of each", table)
 
 
 def _last_round(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,15 @@ from common.model import network_for
 from server.app import app as server_app
 from server.checkpoint import RunFolder
 from server.history import History
+from server.roll_call import FederationFailed
 from server.tables import Verdict, results_document, verdict
 from simulation.cohort import Cohort, UnusableData, assemble, changed_sites, write_sites
 from simulation.grid import run_in_process
 from simulation.ray_engine import require_ray, run_on_ray
 from simulation.threshold import ThresholdBaseline, flair_threshold
+
+
+LOG = logging.getLogger("fedbrats")
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,24 @@ def simulate(
     folder = claim_folder(out, config)
     with locked(folder.lock):
         cohort = assemble(data, config, cache or out / "cache")
-        run_engine(engine, folder, cohort, config)
-        threshold = flair_threshold(cohort, config)
-        with History(folder.history) as history:
-            result = Result(folder, cohort, verdict(history), threshold)
-            write_text_atomically(out / "results.json", _results_json(history, result, data))
-            write_text_atomically(out / "results.csv", _results_csv(history))
+        for site in cohort.sites:
+            LOG.info(f"{site.name}: {len(site.training)} training, {len(site.held_out)} held out")
+        try:
+            run_engine(engine, folder, cohort, config)
+        except FederationFailed:
+            _write_results(folder, cohort, None, data)  # what was reached can be looked at
+            raise
+        return _write_results(folder, cohort, flair_threshold(cohort, config), data)
+
+
+def _write_results(
+    folder: RunFolder, cohort: Cohort, threshold: ThresholdBaseline | None, data: Path
+) -> Result:
+    with History(folder.history) as history:
+        result = Result(folder, cohort, verdict(history), threshold)
+        text = _results_json(history, result, data)
+        write_text_atomically(folder.path / "results.json", text)
+        write_text_atomically(folder.path / "results.csv", _results_csv(history))
     return result
 
 

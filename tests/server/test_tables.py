@@ -7,7 +7,7 @@ import math
 from io import StringIO
 
 import pytest
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 
 from common.messages import SiteCard
@@ -44,11 +44,13 @@ def a_round(number: int, trained: str, absent: str = "", **more) -> RoundRecord:
     return RoundRecord(number, 1e-4, 1.5, 0.4, "c", "s", tuple(contributions), **values)
 
 
-def cells(table: Table) -> list[list[str]]:
+def cells(group: Group) -> list[list[str]]:
+    table = group.renderables[-1]
+    assert isinstance(table, Table)
     return [list(column) for column in zip(*(c.cells for c in table.columns), strict=True)]
 
 
-def printed(table: Table) -> str:
+def printed(table: Group) -> str:
     text = StringIO()
     Console(file=text, width=200).print(table)
     return text.getvalue()
