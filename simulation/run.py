@@ -26,7 +26,6 @@ from simulation.grid import run_in_process
 from simulation.ray_engine import require_ray, run_on_ray
 from simulation.threshold import ThresholdBaseline, flair_threshold
 
-
 LOG = logging.getLogger("fedbrats")
 
 
