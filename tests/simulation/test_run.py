@@ -360,7 +360,10 @@ def test_a_diverging_training_fails_in_words_and_names_the_site(run, tmp_path):
     assert failed.exit_code == 1
     assert "site-01" in failed.output
     assert "lower training.learning_rate" in failed.output
-    assert not (tmp_path / "run" / "results.json").exists()
+    document = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert document["final"] is None
+    assert not document["verdict"]["complete"]
+    assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_a_full_disk_fails_in_words(run, cohort_data, tmp_path, tiny_arguments):
