@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Annotated
 import typer
 
 from common.brats import CODINGS, MODALITIES, STRUCTURES
-from common.console import start_logging
+from common.console import run_program, start_logging
 from sites.finding import Finding
 
 app = typer.Typer(
@@ -28,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-UNUSABLE, USAGE, DEFECT = 1, 2, 70  # exit codes; 70 is sysexits' EX_SOFTWARE
+UNUSABLE, USAGE = 1, 2  # exit codes
 PIPED_WIDTH = 10_000  # characters; without a terminal nothing is wrapped or cut
 
 
@@ -232,11 +231,5 @@ def _complain(message: str) -> None:
 
 
 def main() -> None:
-    """Entry point. A defect in the program is one line, without data, and exit code 70."""
-    try:
-        app()
-    except Exception as defect:
-        where = traceback.extract_tb(defect.__traceback__)[-1]
-        place = f"{Path(where.filename).name}:{where.lineno}"
-        _complain(f"internal error ({type(defect).__name__} at {place}); please report it.")
-        sys.exit(DEFECT)
+    """Entry point of `fed-client`."""
+    run_program("fed-client", app)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from common.environment import prepare_environment
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+DEFECT = 70  # exit code of a fault in the program itself, sysexits' EX_SOFTWARE
 PIPED_WIDTH = 200  # a pipe has no width, and a table cut to 80 columns is no use in a log
 
 
@@ -28,3 +34,16 @@ def start_logging() -> None:
     log.setLevel(logging.INFO)
     log.propagate = False
     logging.getLogger("flwr").setLevel(logging.ERROR)
+
+
+def run_program(name: str, app: Callable[[], object]) -> None:
+    """Run a command line. A defect in the program is one line, without data, and exit code 70."""
+    prepare_environment()
+    try:
+        app()
+    except Exception as defect:
+        where = traceback.extract_tb(defect.__traceback__)[-1]
+        place = f"{Path(where.filename).name}:{where.lineno}"
+        kind = type(defect).__name__
+        print(f"{name}: internal error ({kind} at {place}); please report it.", file=sys.stderr)
+        sys.exit(DEFECT)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Group
+from rich.markup import escape
 
 from common.config import FederationConfig
 from common.files import locked, write_text_atomically
@@ -94,7 +95,7 @@ def comparison_table(comparison: Comparison) -> Group:
         found = [comparison.metrics[way].get(site) for way in WAYS]
         cells = [number(mean_dice(of) if of else None) for of in found]
         cells += [number(of.means["dice/WT"] if of else None) for of in found]
-        table.add_row(site, *cells, str(m.n))
+        table.add_row(escape(site), *cells, str(m.n))
     table.add_section()
     n = str(sum(sites[site].n for site in comparison.everywhere))
     table.add_row("mean over sites", *_summary(comparison, _over_sites), n)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from enum import StrEnum
@@ -16,8 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from common import telemetry
-from common.console import standard_output, start_logging
+from common.console import run_program, standard_output, start_logging
 
 if TYPE_CHECKING:
     from simulation.run import Result
@@ -28,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-FAILED, USAGE, DEFECT = 1, 2, 70  # exit codes; 70 is sysexits' EX_SOFTWARE
+FAILED, USAGE = 1, 2  # exit codes
 
 Data = Annotated[Path, typer.Argument(help="Folder in BraTS layout.")]
 ConfigFile = Annotated[
@@ -158,6 +156,7 @@ def split(
     with _failing_in_words():
         settings = load_config(config, preset=preset, assign=assign or ())
         _require_folder(data)
+        from rich.markup import escape
         from rich.table import Table
 
         from simulation.split import describe
@@ -170,7 +169,7 @@ def split(
         for name, site in described["sites"].items():
             counts = (len(site["training"]) + len(site["held_out"]), site["HGG"], site["LGG"])
             roles = (len(site["training"]), len(site["held_out"]))
-            table.add_row(name, site["role"], *map(str, counts), *map(str, roles))
+            table.add_row(escape(name), site["role"], *map(str, counts), *map(str, roles))
         standard_output().print(table)
         for subject in described["unmapped"]:
             print(f"no site: {subject}")
@@ -214,16 +213,8 @@ def show_config(preset: Preset = None, assign: Assign = None) -> None:
 
 
 def main() -> None:
-    """Entry point of `fed-sim`. A defect in the program is one line and exit code 70."""
-    telemetry.switch_off()
-    try:
-        app()
-    except Exception as defect:
-        where = traceback.extract_tb(defect.__traceback__)[-1]
-        place = f"{Path(where.filename).name}:{where.lineno}"
-        name = type(defect).__name__
-        print(f"fed-sim: internal error ({name} at {place}); please report it.", file=sys.stderr)
-        sys.exit(DEFECT)
+    """Entry point of `fed-sim`."""
+    run_program("fed-sim", app)
 
 
 def _print_result(result: Result) -> None:

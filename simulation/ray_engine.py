@@ -16,7 +16,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from common import telemetry
+from common.environment import prepare_environment
 
 
 class RayMissing(RuntimeError):
@@ -46,7 +46,7 @@ def run_on_ray(
         RayMissing: ray is not installed.
     """
     require_ray()
-    telemetry.switch_off()  # before Ray is imported; its workers inherit the environment
+    prepare_environment()  # before Ray is imported; its workers inherit the environment
     from flwr.simulation import run_simulation
 
     folders = [str(folder) for folder in site_folders.values()]

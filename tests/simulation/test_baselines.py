@@ -51,12 +51,12 @@ HAND_MADE = Comparison(
         "federated": {
             "a": metrics(0.7, 0.6, 0.5, 10),
             "b": metrics(0.6, 0.3, 0.3, 2),
-            "new": metrics(0.1, 0.1, 0.1, 50),
+            "new [red]": metrics(0.1, 0.1, 0.1, 50),
         },
         "centralised": {
             "a": metrics(0.9, 0.6, 0.6, 10),
             "b": metrics(0.8, 0.8, 0.2, 2),
-            "new": metrics(0.3, 0.2, 0.1, 50),
+            "new [red]": metrics(0.3, 0.2, 0.1, 50),
         },
     }
 )
@@ -79,7 +79,7 @@ def test_the_table_shows_each_site_and_the_means_in_both_senses():
 def test_a_site_that_never_trains_is_shown_but_does_not_tilt_the_means():
     """It has no local model: with it the federated mean would be over other sites than the local."""
     text = text_of(HAND_MADE)
-    assert row(text, "│ new ") == ["-", "0.100", "0.200", "-", "0.100", "0.300", "50"]
+    assert row(text, "│ new [red] ") == ["-", "0.100", "0.200", "-", "0.100", "0.300", "50"]
     assert row(text, "mean over sites")[1] == "0.500", "without the new one's 0.1"
 
 

@@ -88,6 +88,14 @@ def test_split_shows_every_site_and_adds_up(cohort_data: Path):
         assert sum(n) == 6
 
 
+def test_a_site_may_be_called_what_rich_takes_for_markup(cohort_data: Path, tmp_path: Path):
+    ids = sorted(path.name for path in cohort_data.iterdir() if path.is_dir())
+    lines = ["Partition_ID,Subject_ID", *(f"Haus [red],{subject}" for subject in ids)]
+    (tmp_path / "parts.csv").write_text("\n".join(lines))
+    keys = ("--set", "split.by=csv", "--set", f"split.file={tmp_path / 'parts.csv'}")
+    assert "Haus [red]" in fed_sim("split", str(cohort_data), *keys).output
+
+
 def test_split_lists_who_has_no_site(cohort_data: Path, tmp_path: Path):
     data = Path(shutil.copytree(cohort_data, tmp_path / "data"))
     like = next(path for path in data.iterdir() if path.is_dir())

@@ -1,0 +1,21 @@
+"""Environment variables that dependencies read when they load: set first, by every entry point."""
+
+from __future__ import annotations
+
+import os
+
+SILENT = {  # nothing phones home, whatever the environment said before
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+# OpenMP's threads wait for each other by spinning. Where another program wants the same cores, long
+# spinning made a training step 2 to 4 times slower (docs/measurements.md); a user's own value wins.
+PATIENT = {"GOMP_SPINCOUNT": "10000"}
+
+
+def prepare_environment() -> None:
+    """For this process and the ones it starts; before torch, flwr or ray are imported."""
+    os.environ.update(SILENT)
+    for name, value in PATIENT.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,34 @@
+"""What is in the environment before a dependency is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from common.environment import SILENT
+
+PROGRAM = """
+import common.environment, os
+common.environment.prepare_environment()
+import flwr.supercore.telemetry as telemetry
+print(telemetry.FLWR_TELEMETRY_ENABLED, os.environ["RAY_USAGE_STATS_ENABLED"],
+      os.environ["GOMP_SPINCOUNT"])
+"""
+
+
+def run(**extra: str) -> list[str]:
+    environment = {**os.environ, **extra}
+    command = [sys.executable, "-c", PROGRAM]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return out.stdout.split()
+
+
+def test_telemetry_is_off_even_where_the_environment_says_on():
+    asked_for = dict.fromkeys(SILENT, "1")
+    assert run(**asked_for)[:2] == ["0", "0"]
+
+
+def test_a_users_own_spin_count_wins():
+    assert run(GOMP_SPINCOUNT="77")[2] == "77"
+    assert int(run()[2]) > 0
