@@ -10,8 +10,8 @@ SILENT = {  # nothing phones home, whatever the environment said before
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 # OpenMP's threads wait for each other by spinning. Where another program wants the same cores, long
-# spinning made a training step 2 to 4 times slower (docs/measurements.md); a user's own value wins.
-PATIENT = {"GOMP_SPINCOUNT": "10000"}
+# spinning made a training step up to 3 times slower (docs/measurements.md); a user's own value wins.
+PATIENT = {"GOMP_SPINCOUNT": "2000"}
 
 
 def prepare_environment() -> None:
