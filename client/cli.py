@@ -163,6 +163,9 @@ def predict(
         except OSError as error:
             _complain(f"{out} cannot be written: {error.strerror}.")
             raise typer.Exit(UNUSABLE) from None
+        except MemoryError:
+            _complain(f"{subject} needs more memory than there is; check its voxel size.")
+            raise typer.Exit(UNUSABLE) from None
         findings += found
     elif discovery.subjects:
         _complain(f"{subject} holds {len(discovery.subjects)} subjects; give one subject's folder.")

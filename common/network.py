@@ -241,9 +241,10 @@ def _check(name: str, channels: Channels, norm: str, patch_size: Channels) -> No
             f"{name} with {levels} levels needs a patch size of three multiples of {multiple}, "
             f"not {patch_size}"
         )
-    if norm == "instance" and max(patch_size) == multiple:
+    # batch norm too: the last batch of an epoch may hold a single subject
+    if norm in ("instance", "batch") and max(patch_size) == multiple:
         raise ValueError(
-            f"instance norm needs more than one voxel at the lowest level of {name}, which a "
+            f"{norm} norm needs more than one voxel at the lowest level of {name}, which a "
             f"patch of {patch_size} does not leave; use a larger patch, fewer levels or group norm"
         )
 
