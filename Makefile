@@ -9,6 +9,7 @@ BIN    := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/fed-sim phantom $(DEMO)/data --sites 6 --subjects 16 --grid 80 80 52
 	$(BIN)/fed-sim run $(DEMO)/data --out $(DEMO)/run --preset quick
+	@echo 'Look again: $(BIN)/fed-sim results $(DEMO)/run'
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from common.brats import CODINGS, MODALITIES, STRUCTURES
-from common.console import run_program, start_logging
+from common.console import run_program, standard_output, start_logging
 from sites.finding import Finding
 
 app = typer.Typer(
@@ -28,7 +28,6 @@ app = typer.Typer(
 )
 
 UNUSABLE, USAGE = 1, 2  # exit codes
-PIPED_WIDTH = 10_000  # characters; without a terminal nothing is wrapped or cut
 
 
 @app.callback()
@@ -145,6 +144,9 @@ def predict(
     if not subject.is_dir():
         raise typer.BadParameter(f"{subject} is no folder.", param_hint="SUBJECT")
 
+    if not model.is_file():
+        raise typer.BadParameter(f"{model} is no file.", param_hint="MODEL")
+
     from client.prediction import load_model, segment_subject
     from common.weights import BadWeights
     from sites.subject import discover
@@ -205,12 +207,10 @@ def print_findings(findings: Sequence[Finding]) -> None:
     if not findings:
         return
     from rich.box import ASCII2, ROUNDED
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     terminal = sys.stdout.isatty()
-    console = Console(width=None if terminal else PIPED_WIDTH, highlight=False)
     table = Table(box=ROUNDED if terminal else ASCII2, show_lines=terminal)
     for heading in ("site", "subject", "file", "severity", "what", "what to do"):
         table.add_column(heading, overflow="fold", no_wrap=not terminal)
@@ -221,7 +221,7 @@ def print_findings(findings: Sequence[Finding]) -> None:
             Text(finding.severity, style=colour),
             *(Text(_printable(t)) for t in (finding.what, finding.remedy)),
         )
-    console.print(table)
+    standard_output().print(table)
 
 
 def _printable(text: str) -> str:

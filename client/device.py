@@ -13,7 +13,13 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def available_cores() -> int:
+    """Cores this process may use, which a container or scheduler can have limited."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def use_threads(training: Training) -> None:
     """Fix the number of CPU threads, on which the last bits of every sum depend."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(training.threads or available or 1)
+    torch.set_num_threads(training.threads or available_cores())

@@ -7,7 +7,7 @@ For research; not a medical device.
 from __future__ import annotations
 
 import gzip
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel
@@ -52,9 +52,13 @@ def load_model(path: Path) -> Model:
     network = network_for(config)
     check_update(weights, network.state_dict())
     network.load_state_dict(weights)
+    # the machine it was trained on may have had other cores, and bf16
+    here = config.training.model_copy(update={"threads": None})
+    if here.precision == "bf16":
+        here = here.model_copy(update={"precision": "auto"})
+    use_threads(here)
     device = best_device()
-    use_threads(config.training)
-    return Model(network.to(device), config, device)
+    return Model(network.to(device), config.model_copy(update={"training": here}), device)
 
 
 def segment_subject(
@@ -67,7 +71,9 @@ def segment_subject(
         was found about it.
     """
     recipe = recipe_of(model.config)
-    scan, findings = examine(subject, modalities=recipe.modalities, require_labels=False)
+    # a segmentation that lies beside the scan is none of our business here
+    unlabelled = replace(subject, segmentation=None)
+    scan, findings = examine(unlabelled, modalities=recipe.modalities, require_labels=False)
     if scan is None:
         return None, findings
     prepared = prepare(scan, recipe)

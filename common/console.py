@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 DEFECT = 70  # exit code of a fault in the program itself, sysexits' EX_SOFTWARE
-PIPED_WIDTH = 200  # a pipe has no width, and a table cut to 80 columns is no use in a log
+PIPED_WIDTH = 10_000  # characters; without a terminal nothing is wrapped or cut
 
 
 def standard_output() -> Console:
-    """A rich console that does not cut tables when piped."""
+    """A rich console that does not cut or wrap tables when piped."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)

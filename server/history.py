@@ -1,7 +1,8 @@
 """The run's history in SQLite: what every site did in every round, written in one transaction a round.
 
 A round is complete exactly when its row is there, so a killed run continues after the last such row.
-Holds numbers only: no weights (`server.checkpoint`), no subject ids, nothing about a single subject.
+Holds numbers per site only: no weights (`server.checkpoint`), no subject ids. A mean over a single
+held-out subject is that subject's result all the same.
 """
 
 from __future__ import annotations

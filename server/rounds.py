@@ -65,7 +65,7 @@ def run_rounds(
             LOG.info(f"continuing after round {done[-1].round}")
         else:
             weights = initial_weights(config)
-        losses = [record.loss for record in done]
+        losses = _comparable(done, roll)
         while len(done) < config.rounds.number and not should_stop(losses, config.rounds):
             rate = learning_rate(config.training.learning_rate, losses, config.rounds)
             number = len(done) + 1
@@ -76,7 +76,7 @@ def run_rounds(
                 raise FederationFailed(few.text()) from None
             history.record_round(record)
             done.append(record)
-            losses.append(record.loss)
+            losses = _comparable(done, roll)
             best_mean, best_worst = best_rounds(done)
             prune_checkpoints(folder, {number, best_mean.round, best_worst.round})
             on_round(record)
@@ -91,6 +91,11 @@ def best_rounds(records: list[RoundRecord]) -> tuple[RoundRecord, RoundRecord]:
     """
     by_mean = max(records, key=lambda r: (len(r.metrics), r.mean_dice))
     return by_mean, max(records, key=lambda r: (len(r.metrics), r.worst[1]))
+
+
+def _comparable(records: list[RoundRecord], roll: Roll) -> list[float]:
+    """Validation losses of the rounds that every site reported on: over other sites they differ anyway."""
+    return [r.loss for r in records if len(r.metrics) == len(roll.evaluating)]
 
 
 @dataclass

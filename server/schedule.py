@@ -19,7 +19,10 @@ def learning_rate(start: float, losses: Sequence[float], rounds: Rounds) -> floa
         return start
     optimiser = torch.optim.SGD([torch.zeros(1)], lr=start)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimiser, factor=rounds.plateau_factor, patience=rounds.plateau_patience
+        optimiser,
+        factor=rounds.plateau_factor,
+        patience=rounds.plateau_patience,
+        threshold=0.0,  # as in `should_stop`: any lower loss is better
     )
     for loss in losses:
         plateau.step(loss)

@@ -11,10 +11,8 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from common.metrics import SiteMetrics, mean_dice
+from common.metrics import REGIONS, SiteMetrics, mean_dice
 from server.history import History, RoundRecord
-
-REGIONS = ("WT", "TC", "ET")
 
 
 @dataclass(frozen=True)

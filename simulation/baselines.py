@@ -1,8 +1,8 @@
 """What the federation is compared with: each site alone, and everything pooled in one place.
 
 Both are federations with a single training site, run by the very same code for as many rounds, so
-that only the data differ. All are compared by their last round's model, which nobody chose by
-looking at the held-out subjects.
+that only the data differ (and the learning rate, where a plateau lowers it). All are compared by
+their last round's model, which nobody chose by looking at the held-out subjects.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from rich.console import Group
 from rich.markup import escape
 
 from common.config import FederationConfig
-from common.files import locked, write_text_atomically
-from common.metrics import SiteMetrics, mean_dice
+from common.files import write_text_atomically
+from common.metrics import REGIONS, SiteMetrics, mean_dice
 from server.checkpoint import RunFolder
 from server.history import History
 from server.tables import average, number, site_table
 from simulation.cohort import Cohort, SiteCohort
-from simulation.run import Engine, claim_folder, run_engine
+from simulation.run import Engine, claimed, run_engine
 
 LOG = logging.getLogger("fedbrats")
 POOLED = "(pooled)"  # which no real site is called
@@ -61,9 +61,11 @@ class Comparison:
 
 def compare(cohort: Cohort, out: Path, config: FederationConfig, engine: Engine) -> Comparison:
     """Train the baselines below `out`/baselines (resumable) and gather all three."""
-    alone = config.model_copy(
-        update={"rounds": config.rounds.model_copy(update={"min_sites": None})}
-    )
+    with History(RunFolder(out).history) as history:
+        federated = history.rounds()[-1]
+    # as many rounds as the federation had: nobody stops early by looking at held-out subjects
+    same = {"min_sites": None, "stop_patience": None, "number": federated.round}
+    alone = config.model_copy(update={"rounds": config.rounds.model_copy(update=same)})
     local: dict[str, SiteMetrics] = {}
     for site in cohort.sites:
         if site.trains and site.held_out:
@@ -81,9 +83,8 @@ def compare(cohort: Cohort, out: Path, config: FederationConfig, engine: Engine)
     )
     together = replace(cohort, sites=(pooled, *evaluators))
     centralised = _last_round(together, out / "baselines" / "centralised", alone, engine)
-    with History(RunFolder(out).history) as history:
-        federated = history.rounds()[-1].metrics
-    return Comparison(dict(zip(WAYS, (local, federated, centralised), strict=True)))
+    found = (local, federated.metrics, centralised)
+    return Comparison(dict(zip(WAYS, found, strict=True)))
 
 
 def comparison_table(comparison: Comparison) -> Group:
@@ -110,8 +111,7 @@ def _last_round(
     cohort: Cohort, out: Path, config: FederationConfig, engine: Engine
 ) -> dict[str, SiteMetrics]:
     LOG.info(f"baseline {out.name}")
-    folder = claim_folder(out, config)
-    with locked(folder.lock):
+    with claimed(out, config) as folder:
         run_engine(engine, folder, cohort, config)
     with History(folder.history) as history:
         return history.rounds()[-1].metrics
@@ -131,7 +131,7 @@ def _over_sites(metrics: dict[str, SiteMetrics], key: str) -> float:
 
 
 def _over_subjects(metrics: dict[str, SiteMetrics], key: str) -> float:
-    keys = [f"dice/{region}" for region in ("WT", "TC", "ET")] if key == "mean" else [key]
+    keys = [f"dice/{region}" for region in REGIONS] if key == "mean" else [key]
     return sum(average(metrics, k, by_subject=True) for k in keys) / len(keys)
 
 

@@ -84,7 +84,7 @@ def run(
             if baselines:
                 from simulation.baselines import compare, comparison_table, record_comparison
 
-                comparison = compare(result.cohort, out, settings, placed)
+                comparison = compare(result.cohort, out, result.config, placed)
                 record_comparison(comparison, out)
                 standard_output().print(comparison_table(comparison))
             print(f"Results: {out / 'results.json'}, {out / 'results.csv'}")
@@ -173,6 +173,8 @@ def split(
         standard_output().print(table)
         for subject in described["unmapped"]:
             print(f"no site: {subject}")
+        if described["absent"]:
+            print(f"{described['absent']} subjects of the partition file are not in {data}")
 
 
 @app.command()
@@ -191,8 +193,12 @@ def results(
         if not folder.history.exists():
             raise typer.BadParameter(f"{out} holds no run.", param_hint="OUT")
         with History(folder.history) as history:
+            # what only the end of a run knows, if it came to its end
+            stored = out / "results.json"
+            end = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
             if as_json:
-                print(json.dumps(results_document(history), indent=1, allow_nan=False))
+                document = {**end, **results_document(history)}
+                print(json.dumps(document, indent=1, allow_nan=False))
                 return
             console = standard_output()
             for record in history.rounds():
@@ -200,6 +206,8 @@ def results(
             final = history.final()
             if final is not None:
                 console.print(final_table(*final))
+            for subject in end.get("data", {}).get("left_out", ()):
+                print(f"Left out, unusable: {subject} (fed-client check says why).")
             print("\n".join(verdict(history).lines()))
 
 
@@ -219,7 +227,7 @@ def main() -> None:
 
 def _print_result(result: Result) -> None:
     from server.history import History
-    from server.tables import final_table
+    from server.tables import average, final_table
 
     console = standard_output()
     with History(result.folder.history) as history:
@@ -229,14 +237,23 @@ def _print_result(result: Result) -> None:
     if result.threshold is not None:
         t = result.threshold
         console.print(
-            f"Naive FLAIR threshold on the same subjects: whole-tumour Dice "
+            "Naive FLAIR threshold on the same subjects: whole-tumour Dice "
             f"{t.mean_over_sites:.3f} (mean over sites), {t.mean_over_subjects:.3f} (over subjects)."
         )
+        if final is not None:
+            alike, pooled = (average(final[1], "dice/WT", by_subject=by) for by in (False, True))
+            console.print(f"The model: {alike:.3f} and {pooled:.3f}.")
     for subject in result.cohort.unmapped:
         print(f"No site for subject {subject}: it took no part.")
     for subject in result.cohort.left_out:
         print(f"Left out, unusable: {subject} (fed-client check says why).")
+    for finding in result.cohort.errors_of_no_subject:
+        print(f"{finding.file}: {finding.what}. {finding.remedy}")
+    for name in result.cohort.lost_sites:
+        print(f"{name} took no part: none of its subjects can be used.")
     for site in result.cohort.sites:
+        if not site.trains:
+            print(f"{site.name} did not train: it only evaluates, on all its subjects.")
         if not site.held_out:
             print(f"{site.name} holds out nobody: it trains, but nothing is measured there.")
     warnings = sum(finding.severity == "warning" for finding in result.cohort.findings)
@@ -255,21 +272,17 @@ def _require_folder(data: Path) -> None:
 def _failing_in_words() -> Iterator[None]:
     """Expected failures become one clear text and the right exit code, never a traceback."""
     from common.config_file import ConfigError
-    from common.files import AlreadyInUse
 
     try:
         yield
     except ConfigError as error:
         print(f"fed-sim: {error}", file=sys.stderr)
         raise typer.Exit(USAGE) from None
-    except AlreadyInUse as error:
-        print(f"fed-sim: {error}", file=sys.stderr)
-        raise typer.Exit(FAILED) from None
     except KeyboardInterrupt:
         print("fed-sim: interrupted; the same command continues.", file=sys.stderr)
         raise typer.Exit(130) from None
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, typer.Exit):
+    except Exception as error:
+        if not isinstance(error, _foreseen()):
             raise
         findings = getattr(error, "findings", ())
         if findings:
@@ -279,6 +292,33 @@ def _failing_in_words() -> Iterator[None]:
                 print_findings(findings)
         print(f"fed-sim: {error}", file=sys.stderr)
         raise typer.Exit(FAILED) from None
+
+
+def _foreseen() -> tuple[type[Exception], ...]:
+    """Failures whose texts are written for the user; any other is a defect of the program.
+
+    Called only after a failure, as the modules are heavy.
+    """
+    from common.files import AlreadyInUse
+    from common.weights import BadWeights
+    from server.history import HistoryError
+    from server.roll_call import FederationFailed
+    from simulation.cohort import UnusableData
+    from simulation.ray_engine import RayMissing
+    from sites.cache import CacheError
+    from sites.institutions import SplitError
+
+    return (
+        AlreadyInUse,
+        BadWeights,
+        CacheError,
+        FederationFailed,
+        HistoryError,
+        OSError,
+        RayMissing,
+        SplitError,
+        UnusableData,
+    )
 
 
 if __name__ == "__main__":

@@ -35,9 +35,17 @@ class SiteCohort:
 
 @dataclass(frozen=True)
 class Cohort:
+    """`lost_sites` have no usable subject left, so they take no part; they are always reported."""
+
     sites: tuple[SiteCohort, ...]
+    lost_sites: tuple[str, ...]
     unmapped: tuple[str, ...]
     findings: tuple[Finding, ...]
+
+    @property
+    def errors_of_no_subject(self) -> tuple[Finding, ...]:
+        """Errors about a folder or a whole site, which `left_out` cannot name."""
+        return tuple(f for f in self.findings if f.severity == "error" and not f.subject)
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -111,7 +119,12 @@ def assemble(data: Path, config: FederationConfig, cache: Path) -> Cohort:
     everyone = [(s.name, e.id, e.digest) for s in sites for e in (*s.training, *s.held_out)]
     found += same_patient_twice(everyone)
     findings = tuple(dict.fromkeys(found))
-    cohort = Cohort(tuple(s for s in sites if s.training or s.held_out), split.unmapped, findings)
+    cohort = Cohort(
+        sites=tuple(site for site in sites if site.training or site.held_out),
+        lost_sites=tuple(s.name for s in sites if not (s.training or s.held_out)),
+        unmapped=split.unmapped,
+        findings=findings,
+    )
     errors = [finding for finding in findings if finding.severity == "error"]
     if errors and config.on_bad_subject == "refuse":
         raise UnusableData(

@@ -28,7 +28,7 @@ def require_ray() -> None:
     RayMissing: ray is not installed.
     """
     if importlib.util.find_spec("ray") is None:
-        raise RayMissing("The Ray engine is not installed: pip install 'fedbrats[ray]'.")
+        raise RayMissing("The Ray engine is not installed: pip install -e '.[ray]' in its folder.")
 
 
 def run_on_ray(

@@ -6,16 +6,19 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from client.app import app as client_app
+from client.device import available_cores, best_device
 from common.config import FederationConfig
 from common.config_file import ConfigError, dump_config, load_config
 from common.files import locked, write_text_atomically
 from common.model import network_for
+from common.precision import autocast_dtype
 from server.app import app as server_app
 from server.checkpoint import RunFolder
 from server.history import History
@@ -40,7 +43,10 @@ class Engine:
 
 @dataclass(frozen=True)
 class Result:
+    """`config` is the run's own: with the number of threads it began with."""
+
     folder: RunFolder
+    config: FederationConfig
     cohort: Cohort
     verdict: Verdict
     threshold: ThresholdBaseline | None
@@ -60,55 +66,94 @@ def simulate(
     if engine.name == "ray":
         require_ray()
     _require_buildable(config)
-    folder = claim_folder(out, config)
-    with locked(folder.lock):
+    config = _with_threads(config, out, engine)
+    with claimed(out, config) as folder:
         cohort = assemble(data, config, cache or out / "cache")
         for site in cohort.sites:
             LOG.info(f"{site.name}: {len(site.training)} training, {len(site.held_out)} held out")
         try:
             run_engine(engine, folder, cohort, config)
         except FederationFailed:
-            _write_results(folder, cohort, None, data)  # what was reached can be looked at
+            _write_results(folder, config, cohort, None, data)  # what was reached can be looked at
             raise
-        return _write_results(folder, cohort, flair_threshold(cohort, config), data)
+        return _write_results(folder, config, cohort, flair_threshold(cohort, config), data)
 
 
 def _write_results(
-    folder: RunFolder, cohort: Cohort, threshold: ThresholdBaseline | None, data: Path
+    folder: RunFolder,
+    config: FederationConfig,
+    cohort: Cohort,
+    threshold: ThresholdBaseline | None,
+    data: Path,
 ) -> Result:
     with History(folder.history) as history:
-        result = Result(folder, cohort, verdict(history), threshold)
-        text = _results_json(history, result, data)
+        result = Result(folder, config, cohort, verdict(history), threshold)
+        text = _results_json(history, result, data, _comparison_so_far(folder))
         write_text_atomically(folder.path / "results.json", text)
         write_text_atomically(folder.path / "results.csv", _results_csv(history))
     return result
 
 
 def _require_buildable(config: FederationConfig) -> None:
-    """Widths, sizes and norm must fit the network before hours go into preparing data."""
+    """What only the network and the device can refuse, before hours go into preparing data."""
     try:
         network_for(config)
     except ValueError as error:
         raise ConfigError(f"network `{config.network.name}`: {error}") from error
+    try:
+        autocast_dtype(config.training.precision, best_device())
+    except ValueError as error:
+        raise ConfigError(f"`training.precision`: {error}") from error
 
 
-def claim_folder(out: Path, config: FederationConfig) -> RunFolder:
-    """Make `out` the folder of a run with this configuration; an existing one must have the same."""
+def _with_threads(config: FederationConfig, out: Path, engine: Engine) -> FederationConfig:
+    """Settle the number of threads for the whole run: the last bits of every sum depend on it.
+
+    A run that is continued keeps the number it began with, whatever cores it finds now.
+    """
+    if config.training.threads is not None:
+        return config
+    saved = RunFolder(out).config
+    threads = load_config(saved).training.threads if saved.exists() else None
+    threads = threads or (engine.cpus_per_site if engine.name == "ray" else available_cores())
+    training = config.training.model_copy(update={"threads": threads})
+    return config.model_copy(update={"training": training})
+
+
+@contextmanager
+def claimed(out: Path, config: FederationConfig) -> Iterator[RunFolder]:
+    """`out` as the folder of a run with this configuration, locked while the block runs.
+
+    A run that has completed a round keeps its configuration; before that nothing is lost by another.
+
+    Raises:
+        ConfigError: `out` holds rounds of another configuration, or something else than a run.
+        AlreadyInUse: another process is running in `out`.
+    """
     folder = RunFolder(out)
-    if folder.config.exists():
-        before = load_config(folder.config)
-        if before != config:
-            changed = ", ".join(_differences(before.model_dump(), config.model_dump()))
-            raise ConfigError(
-                f"{out} holds a run with another configuration (differs in: {changed}). "
-                "Choose another --out, or use the same configuration to continue it."
-            )
-        return folder
-    if out.is_file() or (out.is_dir() and not all(p.match(".*.tmp") for p in out.iterdir())):
+    ours = folder.config.exists() or folder.lock.exists()
+    if out.is_file() or (
+        out.is_dir() and not ours and not all(p.match(".*.tmp") for p in out.iterdir())
+    ):
         raise ConfigError(f"{out} is not empty and holds no run; choose another --out.")
     out.mkdir(parents=True, exist_ok=True)
+    with locked(folder.lock):
+        _settle_config(folder, config)
+        yield folder
+
+
+def _settle_config(folder: RunFolder, config: FederationConfig) -> None:
+    if folder.config.exists() and folder.history.exists():
+        with History(folder.history) as history:
+            begun = bool(history.rounds())
+        before = load_config(folder.config)
+        if begun and before != config:
+            changed = ", ".join(_differences(before.model_dump(), config.model_dump()))
+            raise ConfigError(
+                f"{folder.path} holds rounds of another configuration (differs in: {changed}). "
+                "Choose another --out, or use the same configuration to continue it."
+            )
     write_text_atomically(folder.config, dump_config(config))
-    return folder
 
 
 def run_engine(engine: Engine, folder: RunFolder, cohort: Cohort, config: FederationConfig) -> None:
@@ -143,13 +188,22 @@ def _require_same_subjects(folder: RunFolder, cohort: Cohort) -> None:
         )
 
 
-def _results_json(history: History, result: Result, data: Path) -> str:
+def _comparison_so_far(folder: RunFolder) -> Any:
+    """Baselines trained by an earlier call stay in the results of a later one."""
+    try:
+        return json.loads((folder.path / "results.json").read_text(encoding="utf-8"))["comparison"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _results_json(history: History, result: Result, data: Path, comparison: Any) -> str:
     cohort = result.cohort
     document: dict[str, Any] = {
         **results_document(history),
         "data": {
             "folder": str(data),
             "unmapped": list(cohort.unmapped),
+            "lost_sites": list(cohort.lost_sites),
             "left_out": list(cohort.left_out),
             "findings": [finding.as_dict() for finding in cohort.findings],
             "subjects": {
@@ -162,6 +216,7 @@ def _results_json(history: History, result: Result, data: Path) -> str:
             },
         },
         "flair_threshold": vars(result.threshold) if result.threshold else None,
+        "comparison": comparison,
     }
     return json.dumps(document, indent=1, allow_nan=False)
 

@@ -12,7 +12,8 @@ from sites.institutions import roles
 
 
 def describe(data: Path, config: FederationConfig) -> dict[str, Any]:
-    """Site -> role, number of HGG and LGG, ids for training and held out; and the unmapped ids.
+    """Site -> role, number of HGG and LGG, ids for training and held out; the unmapped ids; and how many
+    subjects a partition file names that the data lacks.
 
     Raises:
         UnusableData, SplitError: as `simulation.cohort.find_and_split`.
@@ -34,4 +35,4 @@ def describe(data: Path, config: FederationConfig) -> dict[str, Any]:
             "training": list(training),
             "held_out": list(held_out),
         }
-    return {"sites": sites, "unmapped": list(split.unmapped)}
+    return {"sites": sites, "unmapped": list(split.unmapped), "absent": split.absent}

@@ -2,7 +2,7 @@
 
 An entry's name is a hash of the subject's files (their bytes) and of the recipe, so a changed file
 or recipe makes a new entry and touches no other. An entry appears by one rename, so a kill leaves
-whole entries only and the next run continues; several processes may share one cache folder.
+whole entries only and the next run continues; several processes of one machine may share one cache folder.
 Entries of files or recipes no longer used stay until the folder is deleted by its owner.
 """
 
@@ -62,10 +62,6 @@ class Preparation:
 
     ready: tuple[CachedSubject, ...]
     findings: tuple[Finding, ...]
-
-    @property
-    def unusable(self) -> tuple[str, ...]:
-        return tuple(sorted({f.subject for f in self.findings if f.severity == "error"}))
 
 
 class CacheError(RuntimeError):
@@ -246,7 +242,9 @@ def _read_about(entry: Path) -> dict[str, Any] | None:
         for name, size in about["sizes"].items():
             if (entry / name).stat().st_size != size:
                 return None
-    except (OSError, ValueError, KeyError):
+        if not {"subject", "digest", "labelled", "geometry", "findings"} <= about.keys():
+            return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return about
 

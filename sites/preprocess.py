@@ -37,7 +37,8 @@ class Recipe:
 
 def recipe_of(config: FederationConfig) -> Recipe:
     p = config.preprocess
-    return Recipe(p.mode, p.shape, p.normalise, config.modalities, config.label_coding)
+    shape = p.shape if p.mode == "resample" else (0, 0, 0)  # patches have no grid of their own
+    return Recipe(p.mode, shape, p.normalise, config.modalities, config.label_coding)
 
 
 @dataclass(frozen=True)

@@ -123,9 +123,9 @@ def test_training_answers_with_other_weights_and_no_subject(site, config):
     assert update.seconds > 0
     assert update.samples_per_second == pytest.approx(3 / update.seconds, rel=0.01)
     assert update.weights.keys() == start.keys()
-    assert not any(
-        torch.equal(update.weights[name], start[name]) for name in start if "conv" in name
-    )
+    convolutions = [name for name in start if "conv" in name and name.endswith("weight")]
+    assert convolutions
+    assert not any(torch.equal(update.weights[name], start[name]) for name in convolutions)
     assert SECRET not in everything_in(reply)
     assert str(site.parent) not in everything_in(reply)
 

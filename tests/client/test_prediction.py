@@ -109,9 +109,17 @@ def test_an_unusable_subject_is_named_and_nothing_is_written(model, subject, tmp
     assert not (tmp_path / "out.nii.gz").exists()
 
 
+def test_a_damaged_segmentation_beside_the_scan_does_not_matter(model, subject, tmp_path):
+    (subject / f"{subject.name}_seg.nii.gz").write_bytes(b"not an image")
+    done = predict(model, subject, tmp_path / "out.nii.gz")
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "out.nii.gz").exists()
+
+
 def test_wrong_usage_and_wrong_models_are_one_line(model, subject, tmp_path):
     assert predict(model, subject, tmp_path / "out.png").returncode == 2
     assert predict(model, tmp_path / "gone", tmp_path / "out.nii").returncode == 2
+    assert predict(tmp_path / "gone", subject, tmp_path / "out.nii").returncode == 2
     garbage = tmp_path / "garbage.safetensors"
     garbage.write_bytes(b"pickle")
     done = predict(garbage, subject, tmp_path / "out.nii")

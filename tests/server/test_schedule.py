@@ -24,7 +24,7 @@ def test_rates_are_those_of_torch_stepped_live(seed, patience, factor):
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimiser = torch.optim.Adam([parameter], lr=1e-3)
     live = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimiser, mode="min", factor=factor, patience=patience
+        optimiser, mode="min", factor=factor, patience=patience, threshold=0.0
     )
     used = []
     for done, loss in enumerate(losses):

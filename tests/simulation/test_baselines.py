@@ -130,3 +130,7 @@ def test_baselines_train_on_what_they_say_and_are_recorded(
     again = compare(result.cohort, out, config, Engine())
     assert again.as_dict() == comparison.as_dict()
     assert {p: p.stat().st_mtime_ns for p in out.rglob("round-*.safetensors")} == before
+
+    simulate(cohort_data, out, config, cache=cohort_cache, engine=Engine())
+    after = json.loads((out / "results.json").read_text())
+    assert after["comparison"] == document["comparison"], "the run again, without baselines"

@@ -330,6 +330,53 @@ def test_a_corrupt_subject_may_be_left_out_and_is_said(run, data, tmp_path):
     assert sum(card["n_left_out"] for card in document["sites"]) == 1
 
 
+def test_a_refused_run_may_be_started_again_with_the_advice_it_gave(run, data):
+    truncate(next((data / "BraTS20_Training_001").glob("*_t2.nii.gz")))
+    assert run(data=data).exit_code == 1
+    assert run("--set", "on_bad_subject=skip", data=data).exit_code == 0
+
+
+def test_a_site_that_lost_all_its_subjects_is_said(run, data, tmp_path):
+    members = results_of_split(data)["site-06"]
+    for subject in members:
+        truncate(data / subject / f"{subject}_t1.nii.gz")
+    done = run("--set", "on_bad_subject=skip", data=data)
+    assert done.exit_code == 0, done.output
+    assert "site-06 took no part: none of its subjects can be used." in done.output
+    assert results(tmp_path / "run")["data"]["lost_sites"] == ["site-06"]
+
+
+def results_of_split(data: Path) -> dict[str, list[str]]:
+    done = CliRunner().invoke(app, ["split", str(data), "--json"])
+    sites = json.loads(done.stdout)["sites"]
+    return {name: site["training"] + site["held_out"] for name, site in sites.items()}
+
+
+def test_a_run_goes_on_with_the_threads_it_began_with(
+    cohort_data, cohort_cache, tiny_arguments, tmp_path
+):
+    from common.config_file import load_config
+
+    out = tmp_path / "run"
+    call = ["run", str(cohort_data), "--out", str(out), "--cache", str(cohort_cache)]
+    fixed = [a for a in tiny_arguments if a != "training.threads=1"]
+    assert len(fixed) == len(tiny_arguments) - 1
+    fixed.pop(tiny_arguments.index("training.threads=1") - 1)  # its --set
+    call += [*fixed, "--set", "rounds.number=1"]
+    available = sorted(os.sched_getaffinity(0))
+    if len(available) < 2:
+        pytest.skip("needs two cores")
+    assert CliRunner().invoke(app, call).exit_code == 0
+    assert load_config(out / "federation.yaml").training.threads == len(available)
+    os.sched_setaffinity(0, available[:1])
+    try:
+        again = CliRunner().invoke(app, call)
+    finally:
+        os.sched_setaffinity(0, available)
+    assert again.exit_code == 0, again.output
+    assert load_config(out / "federation.yaml").training.threads == len(available)
+
+
 def test_a_held_out_site_is_measured_every_round_and_never_trains(run, tmp_path):
     done = run("--set", "split.hold_out=[site-06]", "--set", "on_bad_subject=skip")
     assert done.exit_code == 0, done.output
