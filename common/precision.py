@@ -14,12 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Literal
 
 import torch
 from torch import nn
-
-Precision = Literal["auto", "bf16", "fp32"]
 
 _PROBE_TOLERANCE = 0.05
 """Relative error: bf16 gradients of the same rounded input differ by 0.004, wrong ones by 1."""
