@@ -19,7 +19,6 @@ from client.device import best_device, use_threads
 from client.evaluation import predict
 from common.brats import CODINGS, STRUCTURES
 from common.config import FederationConfig
-from common.config_file import ConfigError
 from common.files import write_atomically
 from common.model import network_for
 from common.weights import BadWeights, check_update, load_weights
@@ -47,9 +46,9 @@ def load_model(path: Path) -> Model:
     weights, about = load_weights(path)
     try:
         config = FederationConfig.model_validate(about["config"])
-    except (KeyError, ValueError, ConfigError) as error:
+        network = network_for(config)
+    except (KeyError, ValueError) as error:  # pydantic's refusals are ValueErrors too
         raise BadWeights(f"{path}: holds no configuration that this version knows.") from error
-    network = network_for(config)
     check_update(weights, network.state_dict())
     network.load_state_dict(weights)
     # the machine it was trained on may have had other cores, and bf16

@@ -137,3 +137,8 @@ def test_a_model_that_does_not_fit_its_configuration_is_refused(config, tmp_path
     save_weights(path, weights, {})
     with pytest.raises(BadWeights, match="no configuration"):
         load_model(path)
+    impossible = config.model_dump(mode="json", exclude={"split"})
+    impossible["network"]["channels"] = [3]
+    save_weights(path, weights, {"config": impossible})
+    with pytest.raises(BadWeights, match="no configuration"):
+        load_model(path)
