@@ -1,7 +1,8 @@
 """The federation's configuration: what all sites must agree on, as a schema with presets.
 
 Every key has a default; a preset is a named set of other defaults that the file's own keys override
-(`common.config_file` reads it). The `split` section is read by a simulation only. A hospital's own
+(`common.config_file` reads it). The `split` section is read by a simulation only, the `server`
+section by the coordinator only; neither is part of what the sites agree on. A hospital's own
 settings (data folder, device, policy) are not here.
 """
 
@@ -128,6 +129,13 @@ class Rounds(Section):
     stop_patience: PositiveInt | None = Field(
         None, description="rounds without a better validation loss before training ends early"
     )
+    deadline_minutes: PositiveFloat = Field(
+        720.0, description="longest that a site may take to train, or to evaluate, in one round"
+    )
+    updates: Literal["fp16", "fp32"] = Field(
+        "fp16",
+        description="how a site's update travels: fp16 change since the round's model, or fp32",
+    )
 
 
 class Split(Section):
@@ -157,6 +165,27 @@ class Split(Section):
         return self
 
 
+class Server(Section):
+    """The coordinator's own affair, no part of what sites agree to: where and how long it waits."""
+
+    address: str = Field(
+        "localhost",
+        pattern=r"^[A-Za-z0-9.:_-]+$",
+        description="the name or IP address at which hospitals reach this server",
+    )
+    port: Annotated[int, Field(ge=1, le=65535)] = 8443
+    listen: str = Field("0.0.0.0", description="the local address to listen on")
+    wait_minutes: PositiveFloat = Field(
+        60.0, description="longest wait for the sites that a round needs"
+    )
+    return_minutes: PositiveFloat = Field(
+        5.0, description="how long a site that vanished in mid-round may take to come back"
+    )
+    attempts: PositiveInt = Field(
+        3, description="how often a round with too few good replies is tried"
+    )
+
+
 class FederationConfig(Section):
     """Everything the sites of one federation agree on."""
 
@@ -178,6 +207,7 @@ class FederationConfig(Section):
         0.2, description="of each site's subjects, by a seeded hash of their ids; never trained on"
     )
     split: Split = Split()
+    server: Server = Server()
     preprocess: Preprocess = Preprocess()
     network: Network = Network()
     loss: Loss = Loss()
@@ -194,8 +224,11 @@ class FederationConfig(Section):
 
     def fingerprint(self) -> str:
         """sha256 (hex) of every agreed value, so that two parties can tell they agree."""
-        agreed = self.model_dump(mode="json", exclude={"split"})
-        return hashlib.sha256(json.dumps(agreed, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.agreed(), sort_keys=True).encode()).hexdigest()
+
+    def agreed(self) -> dict[str, Any]:
+        """What the sites agree on, as plain JSON types: all but `split` and `server`."""
+        return self.model_dump(mode="json", exclude={"split", "server"})
 
 
 PRESETS: dict[str, dict[str, Any]] = {

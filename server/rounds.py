@@ -215,7 +215,7 @@ def _finish(
         history.record_failure(best_mean.round, few.reasons)
         raise FederationFailed(few.text()) from None
     about = {
-        "config": config.model_dump(mode="json", exclude={"split"}),
+        "config": config.agreed(),
         "sites": [card.site for card in roll.cards.values() if card.trains],
     }
     save_weights(folder.model, chosen, {**about, "round": best_mean.round})

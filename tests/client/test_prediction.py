@@ -46,7 +46,7 @@ def subject(cohort_data, tmp_path):
 @pytest.fixture
 def model(config, tmp_path):
     path = tmp_path / "model.safetensors"
-    about = {"config": config.model_dump(mode="json", exclude={"split"}), "round": 1}
+    about = {"config": config.agreed(), "round": 1}
     save_weights(path, initial_weights(config), about)
     return path
 
@@ -131,13 +131,13 @@ def test_a_model_that_does_not_fit_its_configuration_is_refused(config, tmp_path
     path = tmp_path / "model.safetensors"
     weights = initial_weights(config)
     weights.pop(next(iter(weights)))
-    save_weights(path, weights, {"config": config.model_dump(mode="json", exclude={"split"})})
+    save_weights(path, weights, {"config": config.agreed()})
     with pytest.raises(BadWeights, match="lacks"):
         load_model(path)
     save_weights(path, weights, {})
     with pytest.raises(BadWeights, match="no configuration"):
         load_model(path)
-    impossible = config.model_dump(mode="json", exclude={"split"})
+    impossible = config.agreed()
     impossible["network"]["channels"] = [3]
     save_weights(path, weights, {"config": impossible})
     with pytest.raises(BadWeights, match="no configuration"):

@@ -1,0 +1,85 @@
+"""What a federation asks a hospital to agree to: which federation, which code, which configuration.
+
+The coordinator states the terms, the hospital accepts them by their hash, and every later change
+needs a new acceptance. How they are shown and where an acceptance is kept is the client's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from common.config import FederationConfig
+
+
+class BadTerms(ValueError):
+    """A document does not state terms that this version understands; the text says why."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """`federation` is the random id that `fed-server init` drew; `code_hash` is `common.code_hash`."""
+
+    federation: str
+    code_hash: str
+    config: FederationConfig
+
+    def document(self) -> dict[str, Any]:
+        """The terms as plain JSON types; equal terms give equal documents."""
+        return {
+            "federation": self.federation,
+            "code_hash": self.code_hash,
+            "config": self.config.agreed(),
+        }
+
+    def hash(self) -> str:
+        """sha256 (hex) of the document: what a hospital says yes to."""
+        text = json.dumps(self.document(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def terms_from(document: Mapping[str, Any]) -> Terms:
+    """The terms that a document of `Terms.document` states.
+
+    Raises:
+        BadTerms: a part is missing, or the configuration has keys or values unknown to this version.
+    """
+    federation, code = document.get("federation"), document.get("code_hash")
+    config = document.get("config")
+    if not isinstance(federation, str) or not isinstance(code, str) or not isinstance(config, dict):
+        raise BadTerms("the terms lack the federation's id, the code hash or the configuration.")
+    try:
+        return Terms(federation, code, FederationConfig.model_validate(config))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise BadTerms(
+            f"the configuration cannot be understood by this version ({key}: {first['msg']}); "
+            "both sides need the same version of fedbrats."
+        ) from error
+
+
+def changes(before: Terms, after: Terms) -> list[tuple[str, Any, Any]]:
+    """(key, old value, new value) of every difference, keys as in `federation.yaml`."""
+    old, new = _flat(before.document()), _flat(after.document())
+    keys = [*old, *(key for key in new if key not in old)]
+    return [
+        (key.removeprefix("config."), old.get(key), new.get(key))
+        for key in keys
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            result |= _flat(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = value
+    return result
