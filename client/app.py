@@ -122,7 +122,8 @@ def answer_train(message: Message, context: Context) -> Message:
         samples_per_second=outcome.samples / max(outcome.seconds, 1e-9),
         weights=weights_of(network),
     )
-    return _reply(message, pack_site_update(update))
+    since = task.weights if site.config.rounds.updates == "fp16" else None
+    return _reply(message, pack_site_update(update, since))
 
 
 @app.evaluate()

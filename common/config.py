@@ -129,6 +129,10 @@ class Rounds(Section):
     stop_patience: PositiveInt | None = Field(
         None, description="rounds without a better validation loss before training ends early"
     )
+    max_change: PositiveFloat = Field(
+        100.0,
+        description="largest norm of a site's change that is averaged, in norms of the round's model",
+    )
     deadline_minutes: PositiveFloat = Field(
         720.0, description="longest that a site may take to train, or to evaluate, in one round"
     )

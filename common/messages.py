@@ -1,24 +1,23 @@
 """What the server and a site say to each other, as typed values with one Flower form each.
 
-Four exchanges: roll call (who are you), train, evaluate, and the answers to them. Everything a site
-receives is in a task below, everything it sends is in an answer below; nothing else crosses.
+Roll call (who are you), train, evaluate, and the answers to them. Everything a site receives is in
+a task below or a notice (`common.notices`), everything it sends is in an answer below; nothing else
+crosses. Weights travel as one block of bytes (`common.wire`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch  # noqa: F401  Flower's ArrayRecord finds torch only if it is already imported
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from common.metrics import SiteMetrics
-from common.weights import Weights
+from common.records import BadMessage, record_of, value_of
+from common.weights import BadWeights, Weights
+from common.wire import decode, encode, encode_change
 
-
-class BadMessage(ValueError):
-    """A message does not have the agreed form; the text says what is wrong."""
+BLOCK = "weights"  # the one array of a message that carries weights
+STYPE = "safetensors"
 
 
 @dataclass(frozen=True)
@@ -77,14 +76,14 @@ def pack_site_card(card: SiteCard) -> RecordDict:
 
 
 def unpack_site_card(content: RecordDict) -> SiteCard:
-    record = _record(content, "card", ConfigRecord)
+    record = record_of(content, "card", ConfigRecord)
     card = SiteCard(
-        site=_value(record, "site", str),
-        trains=_value(record, "trains", bool),
-        n_training=_value(record, "n_training", int),
-        n_held_out=_value(record, "n_held_out", int),
-        n_left_out=_value(record, "n_left_out", int),
-        config_fingerprint=_value(record, "config_fingerprint", str),
+        site=value_of(record, "site", str),
+        trains=value_of(record, "trains", bool),
+        n_training=value_of(record, "n_training", int),
+        n_held_out=value_of(record, "n_held_out", int),
+        n_left_out=value_of(record, "n_left_out", int),
+        config_fingerprint=value_of(record, "config_fingerprint", str),
     )
     if min(card.n_training, card.n_held_out, card.n_left_out) < 0:
         raise BadMessage("a number of subjects is negative.")
@@ -94,46 +93,53 @@ def unpack_site_card(content: RecordDict) -> SiteCard:
 
 
 def pack_train_task(task: TrainTask) -> RecordDict:
-    return _with_weights(task)
+    return _with_weights(task, encode(task.weights))
 
 
 def unpack_train_task(content: RecordDict) -> TrainTask:
-    record = _record(content, "about", ConfigRecord)
+    record = record_of(content, "about", ConfigRecord)
     return TrainTask(
-        round=_value(record, "round", int),
-        config_fingerprint=_value(record, "config_fingerprint", str),
-        learning_rate=_value(record, "learning_rate", float),
+        round=value_of(record, "round", int),
+        config_fingerprint=value_of(record, "config_fingerprint", str),
+        learning_rate=value_of(record, "learning_rate", float),
         weights=_weights(content),
     )
 
 
-def pack_site_update(update: SiteUpdate) -> RecordDict:
-    return _with_weights(update)
+def pack_site_update(update: SiteUpdate, since: Weights | None = None) -> RecordDict:
+    """The whole weights, or their fp16 change since those of the task.
+
+    Raises:
+        BadWeights: of a change, if a value is not finite.
+    """
+    block = encode(update.weights) if since is None else encode_change(update.weights, since)
+    return _with_weights(update, block)
 
 
-def unpack_site_update(content: RecordDict) -> SiteUpdate:
-    record = _record(content, "about", ConfigRecord)
+def unpack_site_update(content: RecordDict, since: Weights | None = None) -> SiteUpdate:
+    """`since` is the task's weights, for an update that travelled as a change."""
+    record = record_of(content, "about", ConfigRecord)
     return SiteUpdate(
-        site=_value(record, "site", str),
-        round=_value(record, "round", int),
-        n_training=_value(record, "n_training", int),
-        loss=_value(record, "loss", float),
-        seconds=_value(record, "seconds", float),
-        samples_per_second=_value(record, "samples_per_second", float),
-        weights=_weights(content),
+        site=value_of(record, "site", str),
+        round=value_of(record, "round", int),
+        n_training=value_of(record, "n_training", int),
+        loss=value_of(record, "loss", float),
+        seconds=value_of(record, "seconds", float),
+        samples_per_second=value_of(record, "samples_per_second", float),
+        weights=_weights(content, since),
     )
 
 
 def pack_evaluate_task(task: EvaluateTask) -> RecordDict:
-    return _with_weights(task)
+    return _with_weights(task, encode(task.weights))
 
 
 def unpack_evaluate_task(content: RecordDict) -> EvaluateTask:
-    record = _record(content, "about", ConfigRecord)
+    record = record_of(content, "about", ConfigRecord)
     return EvaluateTask(
-        round=_value(record, "round", int),
-        config_fingerprint=_value(record, "config_fingerprint", str),
-        surface_distances=_value(record, "surface_distances", bool),
+        round=value_of(record, "round", int),
+        config_fingerprint=value_of(record, "config_fingerprint", str),
+        surface_distances=value_of(record, "surface_distances", bool),
         weights=_weights(content),
     )
 
@@ -150,48 +156,43 @@ def pack_site_report(report: SiteReport) -> RecordDict:
 
 
 def unpack_site_report(content: RecordDict) -> SiteReport:
-    record = _record(content, "about", ConfigRecord)
-    means = _record(content, "means", MetricRecord)
-    counts = _record(content, "defined", MetricRecord)
-    n = _value(counts, "n", int)
-    defined = {name: _value(counts, name, int) for name in means}
+    record = record_of(content, "about", ConfigRecord)
+    means = record_of(content, "means", MetricRecord)
+    counts = record_of(content, "defined", MetricRecord)
+    n = value_of(counts, "n", int)
+    defined = {name: value_of(counts, name, int) for name in means}
     if any(not 0 <= count <= n for count in defined.values()):
         raise BadMessage(f"a mean is over fewer than 0 or more than all {n} subjects.")
     return SiteReport(
-        site=_value(record, "site", str),
-        round=_value(record, "round", int),
-        seconds=_value(record, "seconds", float),
+        site=value_of(record, "site", str),
+        round=value_of(record, "round", int),
+        seconds=value_of(record, "seconds", float),
         metrics=SiteMetrics(
-            n=n, means={name: _value(means, name, float) for name in means}, defined=defined
+            n=n, means={name: value_of(means, name, float) for name in means}, defined=defined
         ),
     )
 
 
-def _with_weights(message: TrainTask | SiteUpdate | EvaluateTask) -> RecordDict:
+def weight_bytes(content: RecordDict) -> int:
+    """How many bytes of weights a message carries, as they travel."""
+    return len(_block(content))
+
+
+def _with_weights(message: TrainTask | SiteUpdate | EvaluateTask, block: bytes) -> RecordDict:
     about = {name: value for name, value in vars(message).items() if name != "weights"}
-    return RecordDict(
-        {"about": ConfigRecord(about), "weights": ArrayRecord(torch_state_dict=message.weights)}
-    )
+    array = Array("uint8", (len(block),), STYPE, block)
+    return RecordDict({"about": ConfigRecord(about), "weights": ArrayRecord({BLOCK: array})})
 
 
-def _weights(content: RecordDict) -> Weights:
-    record = _record(content, "weights", ArrayRecord)
+def _block(content: RecordDict) -> bytes:
+    array = record_of(content, "weights", ArrayRecord).get(BLOCK)
+    if not isinstance(array, Array) or array.stype != STYPE:
+        raise BadMessage("the message has no block of weights.")
+    return array.data
+
+
+def _weights(content: RecordDict, since: Weights | None = None) -> Weights:
     try:
-        return dict(record.to_torch_state_dict())
-    except Exception as error:  # the bytes come from outside: whatever they do wrong, name it
-        raise BadMessage(f"the weights cannot be decoded ({type(error).__name__}).") from error
-
-
-def _record(content: RecordDict, name: str, kind: type) -> Any:
-    record = content.get(name)
-    if not isinstance(record, kind):
-        raise BadMessage(f"the message has no {kind.__name__} called {name!r}.")
-    return record
-
-
-def _value(record: Mapping[str, Any], name: str, kind: type) -> Any:
-    value = record.get(name)
-    # bool is an int in Python, not here
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise BadMessage(f"{name!r} must be of type {kind.__name__}, found {type(value).__name__}.")
-    return value
+        return decode(_block(content), since)
+    except BadWeights as error:
+        raise BadMessage(str(error)) from error

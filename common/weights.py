@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -83,6 +84,16 @@ def check_update(update: Mapping[str, torch.Tensor], model: Mapping[str, torch.T
             )
         if not bool(torch.isfinite(got).all()):
             raise BadWeights(f"tensor {name} holds values that are not finite.")
+
+
+def relative_change(update: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor]) -> float:
+    """The Euclidean norm of `update - model` over that of `model`, over all floating tensors."""
+    change = norm = 0.0
+    for name, tensor in model.items():
+        if tensor.is_floating_point():
+            change += float((update[name].double() - tensor.double()).square().sum())
+            norm += float(tensor.double().square().sum())
+    return math.sqrt(change / norm) if norm else math.inf * change if change else 0.0
 
 
 def _named(tensors: Collection[str]) -> str:

@@ -19,9 +19,12 @@ Key = TypeVar("Key")
 def answers(
     grid: Grid,
     messages: Mapping[Key, Message],
-    unpack: Callable[[RecordDict], Answer],
+    take: Callable[[Key, RecordDict], Answer],
 ) -> Iterator[tuple[Key, Answer | str]]:
-    """Send all messages, then yield each answer in turn: unpacked, or the reason there is none."""
+    """Send all messages, then yield what `take` makes of each answer in turn, or why there is none.
+
+    How long to wait is the grid's affair: a reply that no longer can come is an error reply.
+    """
     sent = {
         key: next(iter(grid.push_messages([message])), None) for key, message in messages.items()
     }
@@ -29,15 +32,15 @@ def answers(
         if message_id is None:
             yield key, "the message could not be sent."
             continue
-        yield key, _answer(_await(grid, message_id), unpack)
+        yield key, _answer(key, _await(grid, message_id), take)
 
 
-def _answer(reply: Message, unpack: Callable[[RecordDict], Answer]) -> Answer | str:
+def _answer(key: Key, reply: Message, take: Callable[[Key, RecordDict], Answer]) -> Answer | str:
     """A function of its own, so that no reply outlives its turn: each holds a whole model."""
     if reply.has_error():
         return reply.error.reason or f"it failed without a reason (code {reply.error.code})."
     try:
-        return unpack(reply.content)
+        return take(key, reply.content)
     except BadMessage as error:
         return f"its reply cannot be used: {error}"
 

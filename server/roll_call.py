@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -20,10 +21,14 @@ class FederationFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Roll:
-    """Who takes part: the sites' cards and Flower node ids, both by site name in sorted order."""
+    """Who takes part: the sites' cards and Flower node ids, both by site name in sorted order.
+
+    `absent` says of a site that should take part too why it does not.
+    """
 
     cards: dict[str, SiteCard]
     nodes: dict[str, int]
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def training(self) -> list[str]:
@@ -60,7 +65,7 @@ def call_roll(grid: Grid, config: FederationConfig) -> Roll:
     nodes: dict[str, int] = {}
     problems: list[str] = []
     messages = {n: Message(RecordDict(), n, MessageType.QUERY) for n in grid.get_node_ids()}
-    for node, card in answers(grid, messages, unpack_site_card):
+    for node, card in answers(grid, messages, lambda _, content: unpack_site_card(content)):
         if isinstance(card, str):
             problems.append(f"node {node}: {card}")
         elif card.site in cards:

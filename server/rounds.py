@@ -2,7 +2,9 @@
 
 Works over any Flower `Grid`. Replies are taken in the order of site names, one at a time, so that
 the result does not depend on who was fast and memory not on how many they are. A round counts only
-if enough sites gave a good reply; otherwise the run fails and says who is missing.
+if enough sites gave a good reply; otherwise it is tried again or the run fails, and says who is
+missing. Who takes part is asked anew before every round (`attend`); a simulation answers with the
+same roll each time, a real federation with whoever is there (`server.attendance`).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flwr.app import Message, MessageType
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from common.config import FederationConfig
@@ -27,10 +29,11 @@ from common.messages import (
     pack_train_task,
     unpack_site_report,
     unpack_site_update,
+    weight_bytes,
 )
 from common.metrics import SiteMetrics, mean_dice
 from common.model import initial_weights
-from common.weights import BadWeights, Weights, byte_count, check_update, save_weights
+from common.weights import BadWeights, Weights, check_update, relative_change, save_weights
 from server.average import WeightedSum, add, mean
 from server.checkpoint import RunFolder, load_checkpoint, prune_checkpoints, save_checkpoint
 from server.exchange import answers
@@ -46,42 +49,63 @@ def run_rounds(
     config: FederationConfig,
     folder: RunFolder,
     on_round: Callable[[RoundRecord], None] = lambda record: None,
+    *,
+    attend: Callable[[History, int], Roll] | None = None,
+    attempts: int = 1,
 ) -> None:
     """Train until the configured rounds are done or the validation loss says stop.
 
     Continues after the last complete round that `folder` holds, with the same result as a run that
     was never interrupted. At the end writes the best models and their metrics with HD95.
 
+    Args:
+        attend: who takes part in the round of this number; by default one roll call, all that
+            answer it, and they must be those of the rounds so far.
+        attempts: how often one round is tried with too few good replies.
+
     Raises:
         FederationFailed: sites are missing or disagree, or a round had too few good replies.
         BadWeights: the checkpoint to continue from is damaged.
     """
-    roll = call_roll(grid, config)
     with History(folder.history) as history:
-        same_run(history, roll, config)
+        if attend is None:
+            roll = call_roll(grid, config)
+            same_run(history, roll, config)
+
+        def present(number: int) -> Roll:
+            return roll if attend is None else attend(history, number)
+
         done = history.rounds()
         if done:
             weights = load_checkpoint(folder, done[-1].round, done[-1].sha256)
             LOG.info(f"continuing after round {done[-1].round}")
         else:
             weights = initial_weights(config)
-        losses = _comparable(done, roll)
+        failed = 0
+        losses = _comparable(done)
         while len(done) < config.rounds.number and not should_stop(losses, config.rounds):
             rate = learning_rate(config.training.learning_rate, losses, config.rounds)
             number = len(done) + 1
             try:
-                weights, record = _one_round(grid, config, folder, roll, number, rate, weights)
+                weights, record = _one_round(
+                    grid, config, folder, present(number), number, rate, weights
+                )
             except _TooFew as few:
                 history.record_failure(number, few.reasons)
-                raise FederationFailed(few.text()) from None
+                failed += 1
+                if failed >= attempts:
+                    raise FederationFailed(few.text()) from None
+                LOG.warning(f"{few.text()}\nTrying round {number} again ({failed + 1}/{attempts}).")
+                continue
+            failed = 0
             history.record_round(record)
             done.append(record)
-            losses = _comparable(done, roll)
+            losses = _comparable(done)
             best_mean, best_worst = best_rounds(done)
             prune_checkpoints(folder, {number, best_mean.round, best_worst.round})
             on_round(record)
         if history.final() is None:
-            _finish(grid, config, folder, roll, history, done)
+            _finish(grid, config, folder, present, history, done, attempts)
 
 
 def best_rounds(records: list[RoundRecord]) -> tuple[RoundRecord, RoundRecord]:
@@ -93,9 +117,10 @@ def best_rounds(records: list[RoundRecord]) -> tuple[RoundRecord, RoundRecord]:
     return by_mean, max(records, key=lambda r: (len(r.metrics), r.worst[1]))
 
 
-def _comparable(records: list[RoundRecord], roll: Roll) -> list[float]:
-    """Validation losses of the rounds that every site reported on: over other sites they differ anyway."""
-    return [r.loss for r in records if len(r.metrics) == len(roll.evaluating)]
+def _comparable(records: list[RoundRecord]) -> list[float]:
+    """Validation losses of the rounds that most sites reported on: over other sites they differ anyway."""
+    most = max((len(r.metrics) for r in records), default=0)
+    return [r.loss for r in records if len(r.metrics) == most]
 
 
 @dataclass
@@ -127,30 +152,36 @@ def _one_round(
     begin = time.monotonic()
     task = TrainTask(number, config.fingerprint(), rate, weights)
     running: WeightedSum | None = None
+
+    def take(site: str, content: RecordDict) -> Contribution | str:
+        """Add an update to the sum and forget it: it is a whole model."""
+        nonlocal running
+        update = unpack_site_update(content, since=weights)
+        if reason := _refuse(update, roll.cards[site], task, config.rounds.max_change):
+            return reason
+        running = add(running, update.weights, update.n_training)
+        return Contribution(
+            site,
+            trained=True,
+            train_loss=update.loss,
+            seconds=update.seconds,
+            samples_per_second=update.samples_per_second,
+            bytes=weight_bytes(content),
+        )
+
     contributions: list[Contribution] = []
     content = pack_train_task(task)
-    messages = {s: Message(content, roll.nodes[s], MessageType.TRAIN) for s in roll.training}
-    for site, update in answers(grid, messages, unpack_site_update):
-        reason = update if isinstance(update, str) else _refuse(update, roll.cards[site], task)
-        if isinstance(update, str) or reason:
-            LOG.warning(f"round {number}: {site} did not contribute: {reason}")
-            contributions.append(Contribution(site, trained=False, reason=reason))
-            del update
-            continue
-        running = add(running, update.weights, update.n_training)
-        contributions.append(
-            Contribution(
-                site,
-                trained=True,
-                train_loss=update.loss,
-                seconds=update.seconds,
-                samples_per_second=update.samples_per_second,
-                bytes=byte_count(update.weights),
-            )
-        )
-        del update  # a whole model, which the next site's training should not have to sit beside
+    messages = _messages(content, MessageType.TRAIN, roll.training, roll, config)
+    for site, answer in answers(grid, messages, take):
+        if isinstance(answer, str):
+            LOG.warning(f"round {number}: {site} did not contribute: {answer}")
+            answer = Contribution(site, trained=False, reason=answer)
+        contributions.append(answer)
+    for site, why in roll.absent.items():
+        contributions.append(Contribution(site, trained=False, reason=why))
+    contributions.sort(key=lambda c: c.site)
     missing = {c.site: c.reason for c in contributions if not c.trained}
-    _enough(config, number, "train", roll.training, missing)
+    _enough(config, number, "train", len(contributions), missing)
     assert running is not None
     averaged = mean(running, like=weights)
     metrics, unmeasured = _evaluate(grid, config, roll, number, averaged, surface_distances=False)
@@ -181,50 +212,65 @@ def _evaluate(
     """The metrics by site, and why there are none by each site that gave none."""
     task = EvaluateTask(number, config.fingerprint(), surface_distances, weights)
     content = pack_evaluate_task(task)
-    messages = {s: Message(content, roll.nodes[s], MessageType.EVALUATE) for s in roll.evaluating}
+    messages = _messages(content, MessageType.EVALUATE, roll.evaluating, roll, config)
     metrics: dict[str, SiteMetrics] = {}
     missing: dict[str, str] = {}
-    for site, report in answers(grid, messages, unpack_site_report):
-        if isinstance(report, str):
-            missing[site] = report
-        elif reason := _refuse_report(report, roll.cards[site], number):
-            missing[site] = reason
+
+    def take(site: str, content: RecordDict) -> SiteMetrics | str:
+        report = unpack_site_report(content)
+        return _refuse_report(report, roll.cards[site], number) or report.metrics
+
+    for site, answer in answers(grid, messages, take):
+        if isinstance(answer, str):
+            missing[site] = answer
         else:
-            metrics[site] = report.metrics
+            metrics[site] = answer
     for site, reason in missing.items():
         LOG.warning(f"round {number}: {site} did not evaluate: {reason}")
-    _enough(config, number, "evaluate", roll.evaluating, missing)
+    _enough(config, number, "evaluate", len(roll.evaluating), missing)
     return metrics, missing
+
+
+def _messages(
+    content: RecordDict, kind: str, sites: list[str], roll: Roll, config: FederationConfig
+) -> dict[str, Message]:
+    """One for each site; its time to live is the round's deadline."""
+    seconds = 60 * config.rounds.deadline_minutes
+    return {site: Message(content, roll.nodes[site], kind, ttl=seconds) for site in sites}
 
 
 def _finish(
     grid: Grid,
     config: FederationConfig,
     folder: RunFolder,
-    roll: Roll,
+    present: Callable[[int], Roll],
     history: History,
     done: list[RoundRecord],
+    attempts: int,
 ) -> None:
     best_mean, best_worst = best_rounds(done)
     chosen = load_checkpoint(folder, best_mean.round, best_mean.sha256)
-    try:
-        metrics, unmeasured = _evaluate(
-            grid, config, roll, best_mean.round, chosen, surface_distances=True
-        )
-    except _TooFew as few:
-        history.record_failure(best_mean.round, few.reasons)
-        raise FederationFailed(few.text()) from None
-    about = {
-        "config": config.agreed(),
-        "sites": [card.site for card in roll.cards.values() if card.trains],
-    }
+    for attempt in range(1, attempts + 1):
+        try:
+            roll = present(best_mean.round)
+            metrics, unmeasured = _evaluate(
+                grid, config, roll, best_mean.round, chosen, surface_distances=True
+            )
+            break
+        except _TooFew as few:
+            history.record_failure(best_mean.round, few.reasons)
+            if attempt == attempts:
+                raise FederationFailed(few.text()) from None
+            LOG.warning(f"{few.text()}\nEvaluating again ({attempt + 1}/{attempts}).")
+    contributed = {c.site for record in done for c in record.contributions if c.trained}
+    about = {"config": config.agreed(), "sites": sorted(contributed)}
     save_weights(folder.model, chosen, {**about, "round": best_mean.round})
     worst = load_checkpoint(folder, best_worst.round, best_worst.sha256)
     save_weights(folder.model_worst_site, worst, {**about, "round": best_worst.round})
     history.record_final(best_mean.round, metrics, unmeasured)
 
 
-def _refuse(update: SiteUpdate, card: SiteCard, task: TrainTask) -> str:
+def _refuse(update: SiteUpdate, card: SiteCard, task: TrainTask, max_change: float) -> str:
     """Why an update cannot be averaged; empty if it can."""
     if (update.site, update.round) != (card.site, task.round):
         return f"its update is from {update.site} for round {update.round}."
@@ -236,6 +282,9 @@ def _refuse(update: SiteUpdate, card: SiteCard, task: TrainTask) -> str:
         check_update(update.weights, task.weights)
     except BadWeights as error:
         return str(error)
+    change = relative_change(update.weights, task.weights)
+    if not change <= max_change:
+        return f"its change is {change:.3g} times as large as the model (limit: {max_change:g})."
     return ""
 
 
@@ -254,13 +303,13 @@ def _refuse_report(report: SiteReport, card: SiteCard, number: int) -> str:
 
 
 def _enough(
-    config: FederationConfig, number: int, stage: str, asked: list[str], missing: dict[str, str]
+    config: FederationConfig, number: int, stage: str, asked: int, missing: dict[str, str]
 ) -> None:
     """By default every site that was asked must have answered: no silent subset."""
-    good = len(asked) - len(missing)
-    needed = len(asked)
+    good = asked - len(missing)
+    needed = asked
     if config.rounds.min_sites is not None:
-        needed = min(config.rounds.min_sites, len(asked))
+        needed = min(config.rounds.min_sites, asked)
     if good < needed:
         raise _TooFew(number, stage, needed, good, missing)
 

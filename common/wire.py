@@ -1,0 +1,113 @@
+"""How weights travel: one block of safetensors bytes, exact, or as fp16 change since a known model.
+
+The change of a tensor, d = w - w0, is multiplied by a power of two that brings its largest magnitude
+to between 2^14 and 2^15, rounded to fp16 (11 significant bits) and added to w0 by the receiver in
+fp32. So the error of a received weight is at most 2^-11 of its own change, or 2^-40 of the largest
+change in its tensor where that is more, and the fp32 rounding of the sum. Integer tensors travel
+whole. Nothing is compressed further, and bytes from outside are never unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from common.weights import BadWeights, Weights
+
+FP32, FP16_CHANGE = "fp32", "fp16-change"
+LARGEST_HEADER = 2**24  # bytes; a network of ten thousand tensors needs less than 2 MiB
+TARGET = 15  # the largest magnitude becomes less than 2^15; fp16 ends at 65504
+
+
+def encode(weights: Mapping[str, torch.Tensor]) -> bytes:
+    """Names, types, shapes and values exactly as they are."""
+    return _encoded(weights, {"encoding": FP32})
+
+
+def encode_change(weights: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor]) -> bytes:
+    """Half the bytes of `encode`: what changed since `base`, which has the same names and shapes.
+
+    Raises:
+        BadWeights: a value is not finite; the text names the tensor.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    scales: dict[str, int] = {}
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point():
+            tensors[name] = tensor
+            continue
+        change = tensor.float() - base[name].float()
+        largest = float(change.abs().max()) if change.numel() else 0.0
+        if not math.isfinite(largest):
+            raise BadWeights(f"tensor {name} holds values that are not finite.")
+        scales[name] = TARGET - math.frexp(largest)[1] if largest > 0 else 0
+        tensors[name] = torch.ldexp(change.double(), torch.tensor(scales[name])).half()
+    return _encoded(tensors, {"encoding": FP16_CHANGE, "scales": json.dumps(scales)})
+
+
+def decode(data: bytes, base: Mapping[str, torch.Tensor] | None = None) -> Weights:
+    """The weights in `data`; `base` is the model that a change was taken from.
+
+    Whether they fit the model is not checked here (`common.weights.check_update`): a tensor whose
+    change does not fit `base` stays as it came.
+
+    Raises:
+        BadWeights: the bytes are not safetensors, of an unknown encoding, or a change without a base.
+    """
+    about = _about(data)
+    try:
+        tensors = safetensors.torch.load(data)
+    except Exception as error:  # from outside: whatever is wrong with them, say so
+        raise BadWeights(f"the weights cannot be decoded ({type(error).__name__}).") from error
+    encoding = about.get("encoding")
+    if encoding == FP32:
+        return tensors
+    if encoding != FP16_CHANGE:
+        raise BadWeights(f"the weights have the unknown encoding {str(encoding)[:40]!r}.")
+    if base is None:
+        raise BadWeights("the weights came as a change, where whole ones are expected.")
+    scales = _scales(about)
+    return {
+        name: _restored(tensor, base[name], scales[name])
+        if name in scales and name in base and tensor.shape == base[name].shape
+        else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _restored(change: torch.Tensor, base: torch.Tensor, scale: int) -> torch.Tensor:
+    exact = torch.ldexp(change.double(), torch.tensor(-scale))
+    return (base.float() + exact.float()).to(base.dtype)
+
+
+def _encoded(tensors: Mapping[str, torch.Tensor], about: dict[str, str]) -> bytes:
+    return safetensors.torch.save({n: t.contiguous() for n, t in tensors.items()}, about)
+
+
+def _about(data: bytes) -> dict[str, Any]:
+    """The metadata of a safetensors block: 8 bytes of length, then a JSON header."""
+    size = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or size > min(len(data) - 8, LARGEST_HEADER):
+        raise BadWeights("the weights are not a safetensors block.")
+    try:
+        about = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise BadWeights("the weights' header is not readable.") from error
+    return about if isinstance(about, dict) else {}
+
+
+def _scales(about: Mapping[str, Any]) -> dict[str, int]:
+    try:
+        scales = json.loads(about["scales"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise BadWeights("the weights came as a change without its scales.") from error
+    if not isinstance(scales, dict) or not all(
+        type(scale) is int and -300 < scale < 300 for scale in scales.values()
+    ):
+        raise BadWeights("the scales of the change are not whole numbers.")
+    return scales
