@@ -18,7 +18,7 @@ from common.config import FederationConfig, Training
 from common.loss import dice_focal_loss
 from common.network import segment
 from common.precision import autocast, autocast_dtype
-from common.progress import track
+from common.progress import remark, track
 from common.seeds import derive_seed
 from sites.augment import augment
 from sites.cache import CachedSubject
@@ -64,7 +64,7 @@ def train(
     network.train()
     samples = _samples(len(subjects), config)
     steps = math.ceil(samples / t.batch_size) * t.epochs
-    total = torch.zeros((), device=device)
+    total, seen = torch.zeros((), device=device), 0
     begin = time.monotonic()
     batches = _batches(subjects, config, order)
     for step, (images, labels) in enumerate(
@@ -83,8 +83,11 @@ def train(
         if t.gradient_clip is not None:
             torch.nn.utils.clip_grad_norm_(network.parameters(), t.gradient_clip)
         optimiser.step()
-        if not math.isfinite(float(total)):
+        so_far = float(total)
+        if not math.isfinite(so_far):
             raise TrainingDiverged(_diverged("loss was", site, round_, step, steps))
+        seen += len(images)
+        remark(f"loss {so_far / seen:.3f}")
     if not all(bool(torch.isfinite(parameter).all()) for parameter in network.parameters()):
         raise TrainingDiverged(_diverged("weights were", site, round_, steps, steps))
     count = samples * t.epochs

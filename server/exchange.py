@@ -29,7 +29,7 @@ def answers(
         key: next(iter(grid.push_messages([message])), None) for key, message in messages.items()
     }
     for key, message_id in sent.items():
-        if message_id is None:
+        if not message_id:
             yield key, "the message could not be sent."
             continue
         yield key, _answer(key, _await(grid, message_id), take)

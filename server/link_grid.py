@@ -1,0 +1,275 @@
+"""Flower's Grid on the link state of this process: messages to hospitals and their replies.
+
+Adds what a stock grid lacks: a reply is taken only when all of it has arrived; a site whose client
+was started anew in mid-task gets the task again; and every message ends, with a reply or with an
+error that says in words why none came (deadline, lost contact, key revoked).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, cast
+
+from flwr.app import Message, RecordDict
+from flwr.app.error import Error
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import HEARTBEAT_PATIENCE, SUPERLINK_NODE_ID, ErrorCode
+from flwr.server.superlink.linkstate import LinkState
+from flwr.server.superlink.linkstate.utils import dict_to_message
+from flwr.serverapp import Grid
+from flwr.supercore.constant import NodeStatus
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.object_store import NoObjectInStoreError
+from flwr.supercore.run import Run
+from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supercore.utils import int64_to_uint64
+from sqlalchemy import select, update
+
+LARGEST_REPLY = 2**31  # bytes of one reply
+MOST_PIECES = 10_000  # objects of one reply
+
+
+@dataclass(frozen=True)
+class Contact:
+    """A site's connection: `last` is its last sign of life (once it is offline: when it was given up),
+    `activated` when its client started."""
+
+    node: int
+    site: str
+    online: bool
+    last: datetime | None
+    activated: datetime | None
+
+
+@dataclass
+class _Sent:
+    message: Message  # without its content
+    site: str
+    returned: bool = False  # the reply has begun to arrive
+
+
+class LinkGrid(Grid):
+    """One run on a link state; sites are nodes named after them (`server.superlink.place_nodes`)."""
+
+    def __init__(self, state: LinkState, run_id: int, *, return_seconds: float) -> None:
+        self._state: Any = state
+        self._run_id = run_id
+        self._return_seconds = return_seconds
+        self._sent: dict[str, _Sent] = {}
+        # Message() stamps sender and run from here
+        TaskIdentity.task_id, TaskIdentity.run_id = run_id, run_id
+        TaskIdentity.node_id = SUPERLINK_NODE_ID
+
+    def contacts(self) -> dict[str, Contact]:
+        """Every enrolled site's connection, by site name."""
+        found = {}
+        for node in self._state.get_node_info():
+            if node.status == NodeStatus.UNREGISTERED:
+                continue
+            patience = HEARTBEAT_PATIENCE * node.heartbeat_interval
+            online = node.status == NodeStatus.ONLINE
+            last = node.online_until - (patience if online else 0)
+            found[node.name] = Contact(
+                node=node.node_id,
+                site=node.name,
+                online=online,
+                last=datetime.fromtimestamp(last, UTC) if last > 0 else None,
+                activated=_time(node.last_activated_at),
+            )
+        return found
+
+    def doing(self) -> dict[str, str]:
+        """What each site that owes a reply does with its message: `offered`, `working`, `sending`."""
+        with self._state.session() as session:
+            rows = session.execute(
+                select(MessageIns.message_id, MessageIns.delivered_at).where(
+                    MessageIns.message_id.in_(list(self._sent))
+                )
+            ).all()
+            begun = set(
+                session.scalars(
+                    select(MessageRes.reply_to_message_id).where(
+                        MessageRes.reply_to_message_id.in_(list(self._sent))
+                    )
+                )
+            )
+        state = {}
+        for message_id, delivered in rows:
+            sent = self._sent.get(message_id)
+            if sent is not None:
+                state[sent.site] = (
+                    "sending" if message_id in begun else "working" if delivered else "offered"
+                )
+        return state
+
+    # ------------------------------------------------------------------- what a Flower Grid must do
+
+    def set_run(self, run: Run) -> None:
+        raise NotImplementedError("the run is chosen when the grid is made")
+
+    @property
+    def run(self) -> Run:
+        return cast(Run, self._state.get_run_info(run_ids=[self._run_id])[0])
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [contact.node for contact in self.contacts().values() if contact.online]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Ids of the messages in order; "" for one whose site is no longer enrolled."""
+        sites = {contact.node: contact.site for contact in self.contacts().values()}
+        ids = []
+        for message in messages:
+            site = sites.get(message.metadata.dst_node_id)
+            ids.append(self._push(message, site) if site is not None else "")
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies that are there, and error replies for messages that will have none."""
+        replies = []
+        for message_id in message_ids:
+            reply = self._reply(message_id) or self._given_up(message_id)
+            if reply is not None:
+                self._forget(message_id)
+                replies.append(reply)
+        return replies
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        raise NotImplementedError("fedbrats takes replies one at a time (server.exchange)")
+
+    # ------------------------------------------------------------------------------------- sending
+
+    def _push(self, message: Message, site: str) -> str:
+        # one transaction: a site must not see the message before all of it is there
+        with no_object_id_recompute(), self._state.session():
+            message.metadata.__dict__["_message_id"] = message_id = message.object_id
+            tree = get_object_tree(message)
+            bare = remove_content_from_message(message)
+            session = self._state.start_session(self._run_id)
+            stored, missing = self._state.store_message_and_object_tree(bare, tree, session)
+            if not stored:
+                return ""
+            objects = get_all_nested_objects(message)
+            for object_id in missing:
+                content = objects[object_id].deflate()
+                if not self._state.store_object(self._run_id, session, object_id, content):
+                    raise OSError("the link database cannot be written; the disk may be full")
+        self._sent[message_id] = _Sent(bare, site)
+        return message_id
+
+    # ----------------------------------------------------------------------------------- receiving
+
+    def _reply(self, message_id: str) -> Message | None:
+        """The whole reply, if all of it is there."""
+        with self._state.session() as session:
+            row = session.scalars(
+                select(MessageRes).where(MessageRes.reply_to_message_id == message_id)
+            ).first()
+            if row is None:
+                return None
+            values = {column.name: getattr(row, column.name) for column in MessageRes.__table__.c}
+        for name in ("run_id", "src_node_id", "dst_node_id"):
+            values[name] = int64_to_uint64(values[name])
+        bare = dict_to_message(values)
+        reply_id = bare.metadata.message_id
+        if bare.has_error():
+            self._state.object_store.delete(reply_id)
+            return bare
+        try:
+            tree = self._state.object_store.get_object_tree(reply_id)
+        except NoObjectInStoreError:
+            return None
+        if not self._state.get_object(self._run_id, reply_id):
+            return None  # our client sends this piece last
+        contents: dict[str, bytes] = {}
+        size = 0
+        for number, piece in enumerate(iterate_object_tree(tree)):
+            content = self._state.get_object(self._run_id, piece.object_id)
+            size += len(content or b"")
+            if size > LARGEST_REPLY or number > MOST_PIECES:
+                return self._error(message_id, "its reply is larger than any model.")
+            if not content:
+                return None  # still on its way
+            contents[piece.object_id] = content
+        try:
+            reply = cast(Message, inflate_object_from_contents(reply_id, contents))
+            answers = reply.metadata.reply_to_message_id, reply.metadata.src_node_id
+        except Exception as error:  # from outside: whatever is wrong with it, the round goes on
+            reply = None
+            reason = f"its reply cannot be read ({type(error).__name__})."
+        else:
+            reason = "its reply is to another message."
+        self._state.object_store.delete(reply_id)
+        sent = self._sent[message_id].message.metadata
+        if reply is None or answers != (message_id, sent.dst_node_id):
+            return self._error(message_id, reason)
+        return reply
+
+    def _given_up(self, message_id: str) -> Message | None:
+        """An error reply if none can come any more; a task that its site lost is offered again."""
+        sent = self._sent[message_id]
+        metadata = sent.message.metadata
+        contact = self.contacts().get(sent.site)
+        now = datetime.now(UTC)
+        if contact is None or contact.node != metadata.dst_node_id:
+            return self._error(message_id, "its key was revoked or replaced.")
+        if now.timestamp() > metadata.created_at + metadata.ttl:
+            minutes = metadata.ttl / 60
+            return self._error(message_id, f"it did not answer within {minutes:g} minutes.")
+        away = (now - contact.last).total_seconds() if contact.last else 0.0
+        if not contact.online and away > self._return_seconds:
+            since = f"{contact.last:%H:%M:%S} UTC" if contact.last else "long ago"
+            minutes = self._return_seconds / 60
+            return self._error(
+                message_id,
+                f"its connection was lost ({since}) and did not return within {minutes:g} minutes.",
+            )
+        if contact.activated is not None:
+            self._offer_again(message_id, contact.activated)
+        return None
+
+    def _offer_again(self, message_id: str, activated: datetime) -> None:
+        """The client that took the message is gone if another was started since."""
+        with self._state.session() as session:
+            taken = session.scalar(
+                select(MessageIns.delivered_at).where(MessageIns.message_id == message_id)
+            )
+            if taken and datetime.fromisoformat(taken) < activated:
+                session.execute(
+                    update(MessageIns)
+                    .where(MessageIns.message_id == message_id)
+                    .values(delivered_at="")
+                )
+
+    def _error(self, message_id: str, reason: str) -> Message:
+        error = Error(code=ErrorCode.MESSAGE_UNAVAILABLE, reason=reason)
+        return Message(error, reply_to=self._sent[message_id].message)
+
+    def _forget(self, message_id: str) -> None:
+        self._sent.pop(message_id, None)
+        self._state.delete_messages({message_id})
+        self._state.object_store.delete(message_id)
+
+
+def _time(text: str) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None
