@@ -1,19 +1,22 @@
 """Reading and writing `federation.yaml`: presets, `key=value` overrides, and errors in words.
 
 Unknown keys are refused with the nearest valid name. What the keys are is in `common.config`.
+`read_yaml`, `validated` and `commented` do the same for any other settings file of ours.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from common.config import PRESETS, FederationConfig
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class ConfigError(ValueError):
@@ -36,7 +39,7 @@ def load_config(
     source = str(path) if path else "the command line"
     given: dict[str, Any] = {}
     if path is not None:
-        given = _anchored(_read(path), path.parent)
+        given = _anchored(read_yaml(path), path.parent)
     for text in assign:
         given = _merged(given, _anchored(_assignment(text), Path.cwd()))
     if preset is not None:
@@ -44,7 +47,7 @@ def load_config(
     chosen = given.get("preset", "default")
     if not isinstance(chosen, str) or chosen not in PRESETS:
         raise ConfigError(f"{source}: preset {chosen!r} is not one of {', '.join(PRESETS)}.")
-    return _validated(_merged(PRESETS[chosen], given), source)
+    return validated(FederationConfig, _merged(PRESETS[chosen], given), source)
 
 
 def dump_config(config: FederationConfig) -> str:
@@ -80,7 +83,8 @@ def _parse(text: str) -> Any:
         raise ConfigError(f"is not valid YAML: {str(error).splitlines()[0]}.") from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """What the file holds. Raises ConfigError: it cannot be read, or is no YAML of `key: value`."""
     try:
         given = _parse(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -118,14 +122,19 @@ def _anchored(given: dict[str, Any], folder: Path) -> dict[str, Any]:
     return given
 
 
-def commented(config: FederationConfig) -> str:
-    """As `dump_config`, with what each key means above it: a file to start from."""
-    return "\n".join(_commented(config, 0)) + "\n"
+def commented(config: BaseModel, *, omit: Collection[str] = ()) -> str:
+    """The whole configuration as YAML, with what each key means above it: a file to start from.
+
+    `omit` names sections or keys of the top level to leave out, which then have their defaults.
+    """
+    return "\n".join(_commented(config, 0, omit)) + "\n"
 
 
-def _commented(section: BaseModel, depth: int) -> list[str]:
+def _commented(section: BaseModel, depth: int, omit: Collection[str] = ()) -> list[str]:
     lines = []
     for name, field in type(section).model_fields.items():
+        if name in omit:
+            continue
         indent, value = "  " * depth, getattr(section, name)
         if isinstance(value, BaseModel):
             about = (type(value).__doc__ or "").strip().splitlines()
@@ -140,11 +149,12 @@ def _commented(section: BaseModel, depth: int) -> list[str]:
     return lines
 
 
-def _validated(values: Mapping[str, Any], source: str) -> FederationConfig:
+def validated(model: type[Settings], values: Mapping[str, Any], source: str) -> Settings:
+    """`values` as this model. Raises ConfigError: one line for each wrong key, each naming `source`."""
     try:
-        return FederationConfig.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        lines = "\n".join(f"{source}: {line}" for line in _explained(error))
+        lines = "\n".join(f"{source}: {line}" for line in _explained(error, model))
         raise ConfigError(lines) from error
 
 
@@ -155,19 +165,22 @@ WORDS = {  # pydantic's own words for these are a programmer's
 }
 
 
-def _explained(error: ValidationError) -> list[str]:
+def _explained(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """One line for each key; where a value may have several forms, what is wrong with it in each."""
     unknown = []
     wrong: dict[str, dict[str, Any]] = {}
     for problem in error.errors(include_url=False):
         location = [str(part) for part in problem["loc"]]
         if problem["type"] in ("extra_forbidden", "invalid_key"):
-            names = _field_names(location[:-1])
+            names = _field_names(model, location[:-1])
             near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
             hint = f"did you mean `{near[0]}`?" if near else f"valid here: {', '.join(names)}."
             unknown.append(f"`{'.'.join(location)}` is not a known key; {hint}")
             continue
-        while len(location) > 1 and location[-1] not in _field_names(location[:-1]):
+        if problem["type"] == "missing" and location[-1] in _field_names(model, location[:-1]):
+            unknown.append(f"`{'.'.join(location)}` is missing; it has no default.")
+            continue
+        while len(location) > 1 and location[-1] not in _field_names(model, location[:-1]):
             location.pop()  # a position in a list, or pydantic's name for one of several forms
         message = WORDS.get(problem["type"], problem["msg"].removeprefix("Value error, "))
         wrong.setdefault(".".join(location), {}).setdefault(message, problem["input"])
@@ -177,8 +190,7 @@ def _explained(error: ValidationError) -> list[str]:
     ]
 
 
-def _field_names(location: Sequence[str]) -> list[str]:
-    model: type[BaseModel] = FederationConfig
+def _field_names(model: type[BaseModel], location: Sequence[str]) -> list[str]:
     for part in location:
         field = model.model_fields.get(part)
         if field is None or not isinstance(field.annotation, type):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from common.environment import prepare_environment
 if TYPE_CHECKING:
     from rich.console import Console
 
+FAILED, USAGE, INTERRUPTED = 1, 2, 130  # exit codes
 DEFECT = 70  # exit code of a fault in the program itself, sysexits' EX_SOFTWARE
 PIPED_WIDTH = 10_000  # characters; without a terminal nothing is wrapped or cut
 
@@ -47,3 +49,43 @@ def run_program(name: str, app: Callable[[], object]) -> None:
         kind = type(defect).__name__
         print(f"{name}: internal error ({kind} at {place}); please report it.", file=sys.stderr)
         sys.exit(DEFECT)
+
+
+@contextmanager
+def failing_in_words(
+    name: str, foreseen: Callable[[], tuple[type[Exception], ...]], *, interrupted: str = ""
+) -> Iterator[None]:
+    """Foreseen failures become one clear text and the right exit code, never a traceback.
+
+    Args:
+        name: the program's.
+        foreseen: the errors whose texts are written for the user, OSError and a wrong configuration
+            always among them. Called only after a failure, as their modules may be heavy.
+        interrupted: what to say after Ctrl-C beside "interrupted".
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        complain(name, f"interrupted{interrupted}.")
+        raise SystemExit(INTERRUPTED) from None
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        complain(name, f"{place}{error.strerror or error}.")
+        raise SystemExit(FAILED) from None
+    except Exception as error:
+        from common.config_file import ConfigError
+
+        wrong_usage = isinstance(error, ConfigError)
+        if not wrong_usage and not isinstance(error, foreseen()):
+            raise
+        complain(name, str(error))
+        raise SystemExit(USAGE if wrong_usage else FAILED) from None
+
+
+def complain(name: str, message: str) -> None:
+    print(f"{name}: {printable(message)}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """`text` without control characters and half-decoded bytes, which names from outside may hold."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)

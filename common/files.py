@@ -9,15 +9,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], None], *, private: bool = False) -> None:
     """Let `write` fill a temporary file beside `path`, sync it to the disk, and rename it.
+
+    A `private` file is its owner's alone (0600) before its first byte is written.
 
     Raises:
         OSError: the disk is full or not writable; `path` is then as it was before.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # a killed process's, with whatever rights that one had
     try:
-        temporary.touch()
+        temporary.touch(0o600 if private else 0o666)
         mode = temporary.stat().st_mode
         write(temporary)
         temporary.chmod(mode)  # some libraries leave a file that only its owner can read

@@ -1,0 +1,253 @@
+"""The coordinator's folder: what everything in it is called, how it is made, what hospitals get of it.
+
+Making it can be killed and begun again at any point: `federation.yaml` is written last, and what is
+there already, above all keys, is kept. What happens in a run is in `server.checkpoint`'s folder.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from common.code_hash import code_hash
+from common.config import FederationConfig
+from common.config_file import commented, load_config
+from common.files import locked, write_text_atomically
+from common.invitation import Invitation
+from common.terms import Terms
+from server.certificates import (
+    Certificate,
+    issue_server_certificate,
+    make_authority,
+    read_certificate,
+    renew_server_certificate,
+)
+from server.enrolment import create_registry
+
+
+class CoordinatorError(RuntimeError):
+    """A folder is not a coordinator's, or cannot become one; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class CoordinatorFolder:
+    """Names of everything that a coordinator keeps of one federation."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "federation.yaml"
+
+    @property
+    def identity(self) -> Path:
+        """The federation's random id and when it was made."""
+        return self.path / "federation.json"
+
+    @property
+    def ca_certificate(self) -> Path:
+        return self.path / "ca.crt"
+
+    @property
+    def ca_key(self) -> Path:
+        return self.path / "ca.key"
+
+    @property
+    def server_certificate(self) -> Path:
+        return self.path / "server.crt"
+
+    @property
+    def server_key(self) -> Path:
+        return self.path / "server.key"
+
+    @property
+    def enrolled(self) -> Path:
+        """`server.enrolment`'s list of sites."""
+        return self.path / "enrolled.sqlite"
+
+    @property
+    def superlink(self) -> Path:
+        return self.path / "superlink.sqlite"
+
+    @property
+    def run(self) -> Path:
+        return self.path / "run"
+
+    @property
+    def status(self) -> Path:
+        """What the running server last said of itself and its sites."""
+        return self.path / "status.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "server.lock"
+
+    @property
+    def invitations(self) -> Path:
+        return self.path / "invitations"
+
+    def invitation(self, site: str) -> Path:
+        return self.invitations / f"{site}.fedbrats.json"
+
+    def needed(self) -> tuple[Path, ...]:
+        """What a finished folder always holds, in the order in which it is made."""
+        return (
+            self.identity,
+            self.ca_key,
+            self.ca_certificate,
+            self.server_key,
+            self.server_certificate,
+            self.enrolled,
+            self.config,
+        )
+
+
+def init_folder(
+    path: Path, config: FederationConfig, hosts: Iterable[str] = ()
+) -> CoordinatorFolder:
+    """Make a coordinator's folder, or finish what a killed attempt has begun.
+
+    Args:
+        hosts: further names and addresses of this server, beside `config.server.address`.
+
+    Raises:
+        CoordinatorError: the folder is finished already, or holds something else; it is untouched.
+        CertificateError, BadKey: a host is none, or a key that is there cannot be used.
+        AlreadyInUse: another process is making it.
+        OSError: a file cannot be written.
+    """
+    folder = CoordinatorFolder(path)
+    _refuse_unless_new(folder)
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.chmod(0o700)  # it may have been there, empty
+    with locked(folder.lock):
+        _refuse_unless_new(folder)
+        if not folder.identity.exists():
+            identity = {
+                "federation": secrets.token_hex(16),
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            write_text_atomically(folder.identity, json.dumps(identity) + "\n")
+        if not folder.ca_certificate.exists():
+            make_authority(folder.ca_key, folder.ca_certificate, config.name)
+        issue_server_certificate(*_certificate_files(folder), [config.server.address, *hosts])
+        create_registry(folder.enrolled)
+        # last, as it marks the folder as finished; `split` is for simulations
+        write_text_atomically(folder.config, commented(config, omit=("split",)))
+    return folder
+
+
+def _refuse_unless_new(folder: CoordinatorFolder) -> None:
+    if folder.path.exists() and not folder.path.is_dir():
+        raise CoordinatorError(f"{folder.path} is a file; give a new folder.")
+    present = {entry.name for entry in folder.path.iterdir()} if folder.path.exists() else set()
+    if folder.config.name in present:
+        if lacking := [path.name for path in folder.needed() if path.name not in present]:
+            raise CoordinatorError(
+                f"{folder.path} has a federation.yaml, but no {', '.join(lacking)}. Restore that "
+                "from a backup, or choose a new folder; `init` writes federation.yaml by itself."
+            )
+        raise CoordinatorError(
+            f"{folder.path} is a coordinator's folder already and stays as it is. Edit "
+            "federation.yaml in it to change the federation, or choose a new folder."
+        )
+    ours = {path.name for path in (*folder.needed(), folder.lock)}
+    foreign = sorted(name for name in present - ours if not name.startswith("."))
+    if foreign:
+        raise CoordinatorError(
+            f"{folder.path} holds something else already ({foreign[0]}); give a new folder."
+        )
+
+
+def load_coordinator(path: Path) -> CoordinatorFolder:
+    """The folder, if `init_folder` has made it.
+
+    Raises:
+        CoordinatorError: it has not, or not to its end, or a file is gone.
+    """
+    folder = CoordinatorFolder(path)
+    if not folder.identity.exists():
+        raise CoordinatorError(
+            f"{path} is no coordinator's folder; make one with: fed-server init {path}"
+        )
+    if not folder.config.exists():
+        raise CoordinatorError(f"{path} is not finished; type again: fed-server init {path}")
+    for needed in folder.needed():
+        if not needed.exists():
+            raise CoordinatorError(f"{needed} is missing; restore it from a backup.")
+    federation_id(folder)
+    return folder
+
+
+def federation_id(folder: CoordinatorFolder) -> str:
+    """The random id of 32 hex digits. Raises CoordinatorError."""
+    try:
+        identity = json.loads(folder.identity.read_text(encoding="utf-8"))["federation"]
+        if isinstance(identity, str) and len(bytes.fromhex(identity)) == 16:
+            return identity
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise CoordinatorError(f"{folder.identity} is damaged; restore it from a backup.")
+
+
+def terms(folder: CoordinatorFolder) -> Terms:
+    """What hospitals are asked to agree to, by the present federation.yaml and the installed code.
+
+    Raises:
+        ConfigError: federation.yaml cannot be used.
+        CoordinatorError: the federation's id is damaged.
+    """
+    return Terms(federation_id(folder), code_hash(), load_config(folder.config))
+
+
+def invitation(folder: CoordinatorFolder, site: str, key_fingerprint: str) -> Invitation:
+    """What to send to the site, by the present state of the folder.
+
+    Raises:
+        ConfigError, CoordinatorError: as `terms`.
+        OSError: the CA's certificate cannot be read.
+    """
+    stated = terms(folder)
+    return Invitation(
+        federation=stated.federation,
+        name=stated.config.name,
+        address=host_and_port(stated.config),
+        site=site,
+        key_fingerprint=key_fingerprint,
+        ca_certificate=folder.ca_certificate.read_text(encoding="ascii"),
+        terms=stated,
+    )
+
+
+def host_and_port(config: FederationConfig) -> str:
+    """Where hospitals reach the server; an IPv6 address in brackets."""
+    host = config.server.address
+    return f"[{host}]:{config.server.port}" if ":" in host else f"{host}:{config.server.port}"
+
+
+def renew_certificate(folder: CoordinatorFolder, hosts: Iterable[str] = ()) -> Certificate:
+    """A new server certificate and key of the same CA; hospitals need nothing new.
+
+    Args:
+        hosts: its names and addresses beside `config.server.address`; default: the present ones.
+
+    Raises:
+        ConfigError: federation.yaml cannot be used.
+        CertificateError, BadKey, OSError: it cannot be made; the present one stays.
+    """
+    address = load_config(folder.config).server.address
+    others = list(hosts) or read_certificate(folder.server_certificate).hosts
+    return renew_server_certificate(*_certificate_files(folder), [address, *others])
+
+
+def _certificate_files(folder: CoordinatorFolder) -> tuple[Path, Path, Path, Path]:
+    return (
+        folder.ca_key,
+        folder.ca_certificate,
+        folder.server_key,
+        folder.server_certificate,
+    )
