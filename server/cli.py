@@ -134,6 +134,8 @@ def admit(
         from server import enrolment
         from server.coordinator import invitation, load_coordinator
 
+        if out is not None and not out.absolute().parent.is_dir():
+            raise typer.BadParameter(f"{out.parent} is no folder.", param_hint="--out")
         coordinator = load_coordinator(folder)
         sent = read_public_key(public_key)
         # first, so that nobody is enrolled who cannot be invited
