@@ -164,10 +164,7 @@ def read_certificate(path: Path) -> Certificate:
     certificate = _load_certificate(path)
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        hosts = [
-            *names.get_values_for_type(x509.DNSName),
-            *map(str, names.get_values_for_type(x509.IPAddress)),
-        ]
+        hosts = [str(name.value) for name in names]
     except x509.ExtensionNotFound:
         hosts = []
     pem = certificate.public_bytes(Encoding.PEM).decode("ascii")

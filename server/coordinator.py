@@ -21,6 +21,7 @@ from common.invitation import Invitation
 from common.terms import Terms
 from server.certificates import (
     Certificate,
+    host_name,
     issue_server_certificate,
     make_authority,
     read_certificate,
@@ -121,6 +122,7 @@ def init_folder(
         OSError: a file cannot be written.
     """
     folder = CoordinatorFolder(path)
+    names = [host_name(host) for host in (config.server.address, *hosts)]
     _refuse_unless_new(folder)
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.chmod(0o700)  # it may have been there, empty
@@ -134,7 +136,7 @@ def init_folder(
             write_text_atomically(folder.identity, json.dumps(identity) + "\n")
         if not folder.ca_certificate.exists():
             make_authority(folder.ca_key, folder.ca_certificate, config.name)
-        issue_server_certificate(*_certificate_files(folder), [config.server.address, *hosts])
+        issue_server_certificate(*_certificate_files(folder), names)
         create_registry(folder.enrolled)
         # last, as it marks the folder as finished; `split` is for simulations
         write_text_atomically(folder.config, commented(config, omit=("split",)))

@@ -18,7 +18,10 @@ MAY_IMPORT = {
     "server": {"common", "server"},
     "simulation": {"common", "sites", "client", "server", "simulation"},
 }
-HEAVY = ("torch", "monai", "flwr", "numpy", "scipy", "nibabel", "pydantic", "ray", "opacus")
+HEAVY = (
+    *("torch", "monai", "flwr", "numpy", "scipy", "nibabel", "pydantic", "ray", "opacus"),
+    "cryptography",
+)
 # reading and checking scans must not wait for torch
 WITHOUT_TORCH = (
     "sites.subject",
@@ -90,14 +93,14 @@ def loaded_by(*modules: str) -> set[str]:
 
 
 def test_command_lines_load_nothing_heavy():
-    assert loaded_by("simulation.cli", "client.cli") == set()
+    assert loaded_by("simulation.cli", "client.cli", "server.cli") == set()
 
 
 def test_checking_scans_loads_no_torch():
     assert not loaded_by(*WITHOUT_TORCH) & {"torch", "monai", "flwr"}
 
 
-@pytest.mark.parametrize("command", ["simulation.cli", "client.cli"])
+@pytest.mark.parametrize("command", ["simulation.cli", "client.cli", "server.cli"])
 def test_help_answers_at_once(command):
     program = f"import sys; sys.argv = ['x', '--help']; from {command} import main; main()"
     before = processor_seconds()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +66,25 @@ def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path):
         write_atomically(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_private_file_is_nobody_elses_before_its_first_byte(tmp_path):
+    modes = []
+
+    def write(temporary: Path) -> None:
+        modes.append(stat.S_IMODE(temporary.stat().st_mode))
+        temporary.write_text("secret")
+
+    left_by_a_kill = tmp_path / f".key.{os.getpid()}.tmp"
+    left_by_a_kill.touch(0o666)
+    mask = os.umask(0)
+    try:
+        write_atomically(tmp_path / "key", write, private=True)
+        write_atomically(tmp_path / "open", write)
+    finally:
+        os.umask(mask)
+    modes += [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("key", "open")]
+    assert modes == [0o600, 0o666, 0o600, 0o666]
 
 
 def test_a_writer_that_fails_before_writing_keeps_its_own_error(tmp_path):
