@@ -42,7 +42,8 @@ def init(
         _print_key(made)
         print(f"Send {made.public_key} to the coordinator and compare the digits by telephone.")
         print(f"{made.private_key} is secret: it stays here, also the coordinator never needs it.")
-        print("The coordinator answers with an invitation file, which `fed-client join` takes.")
+        print("Then, with the invitation that the coordinator sends back:")
+        print(f"  fed-client join {folder} --invitation FILE")
 
 
 def rotate_key(
@@ -66,7 +67,8 @@ def rotate_key(
         _print_key(made)
         print(f"Send {made.public_key} to the coordinator, who types:")
         print(f"  fed-server admit DIR SITE.pub --name {printable(name)} --replace")
-        print("Until then the coordinator does not know this site.")
+        print("Until then the coordinator does not know this site. Then, with the new invitation:")
+        print(f"  fed-client join {folder} --invitation FILE")
 
 
 def _print_key(folder: HospitalFolder) -> None:
