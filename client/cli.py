@@ -1,8 +1,9 @@
 """The hospital's command line, `fed-client`.
 
 `check` examines a folder of subjects and says what is wrong with which file; `predict` segments one
-subject with a trained model; `client.enrol` has `init` and `rotate-key`. Heavy imports happen inside
-the commands, so that `--help` answers at once.
+subject with a trained model; `client.enrol` has `init` and `rotate-key`, `client.membership` has
+`join`, `review`, `status` and `leave`. Heavy imports happen inside the commands, so that `--help`
+answers at once.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from typing import Annotated
 
 import typer
 
-from client.enrol import init, rotate_key
+from client import enrol, membership
 from common.brats import CODINGS, MODALITIES, STRUCTURES
 from common.console import run_program, standard_output, start_logging
 from sites.finding import Finding
 
 app = typer.Typer(
-    help="What a hospital runs: look at its own scans, enrol. No scan ever leaves the machine.",
+    help="What a hospital runs: enrol, join, look at its own scans. No scan ever leaves the machine.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,8 +37,15 @@ def _several_commands() -> None:
     """Makes typer expect the name of a command even while there is only one."""
 
 
-app.command()(init)
-app.command()(rotate_key)
+for command in (
+    enrol.init,
+    membership.join,
+    membership.review,
+    membership.status,
+    membership.leave,
+    enrol.rotate_key,
+):
+    app.command()(command)
 
 
 @app.command()

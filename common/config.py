@@ -182,6 +182,9 @@ class Server(Section):
     wait_minutes: PositiveFloat = Field(
         60.0, description="longest wait for the sites that a round needs"
     )
+    gather_minutes: NonNegative = Field(
+        1.0, description="at the start, how long to wait for further sites once enough are there"
+    )
     return_minutes: PositiveFloat = Field(
         5.0, description="how long a site that vanished in mid-round may take to come back"
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -76,3 +78,35 @@ def locked(path: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def lock_holder(path: Path) -> int | None:
+    """The number of the process that holds `locked(path)`, if any does."""
+    try:
+        with path.open("r") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(file.read().strip() or 0) or None
+    except (OSError, ValueError):
+        return None
+    return None
+
+
+def ask_to_stop(path: Path, seconds: float) -> bool:
+    """Send SIGTERM to the process that holds `locked(path)`; True once it has ended.
+
+    Raises:
+        OSError: it is another user's.
+    """
+    holder = lock_holder(path)
+    if holder is None:
+        return True
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(holder, signal.SIGTERM)
+    until = time.monotonic() + seconds
+    while lock_holder(path) == holder:
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True

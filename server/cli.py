@@ -1,7 +1,8 @@
 """The coordinator's command line, `fed-server`.
 
-What a federation is and who takes part is said here; hospitals have `fed-client`. Heavy imports
-happen inside the commands, so that `--help` answers at once.
+What a federation is and who takes part is said here; `server.running` has the commands of a running
+federation; hospitals have `fed-client`. Heavy imports happen inside the commands, so that `--help`
+answers at once.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from common.console import (
     standard_output,
     start_logging,
 )
+from server import running
 
 app = typer.Typer(
     help="What the coordinator runs: make a federation and enrol its hospitals.",
@@ -250,6 +252,10 @@ def renew_certificate(
         certificate = renew(load_coordinator(folder), hosts)
     print(f"Certificate for {', '.join(certificate.hosts)} until {certificate.not_after:%Y-%m-%d}.")
     print("A server that is running uses it from its next start on.")
+
+
+for command in (running.start, running.status, running.stop, running.export):
+    app.command()(command)
 
 
 def _last_contacts(status: Path) -> dict[str, str]:

@@ -214,7 +214,9 @@ def _evaluate(
     content = pack_evaluate_task(task)
     messages = _messages(content, MessageType.EVALUATE, roll.evaluating, roll, config)
     metrics: dict[str, SiteMetrics] = {}
-    missing: dict[str, str] = {}
+    # who is absent from a round is among its contributions already; the end has none
+    missing = dict(roll.absent) if surface_distances else {}
+    asked = len(roll.evaluating) + len(missing)
 
     def take(site: str, content: RecordDict) -> SiteMetrics | str:
         report = unpack_site_report(content)
@@ -227,7 +229,7 @@ def _evaluate(
             metrics[site] = answer
     for site, reason in missing.items():
         LOG.warning(f"round {number}: {site} did not evaluate: {reason}")
-    _enough(config, number, "evaluate", len(roll.evaluating), missing)
+    _enough(config, number, "evaluate", asked, missing)
     return metrics, missing
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -172,6 +173,10 @@ def results_document(history: History) -> dict[str, Any]:
             "metrics": _without_nan(final[1]),
         },
     }
+
+
+def results_json(history: History) -> str:
+    return json.dumps(results_document(history), indent=1, allow_nan=False)
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -23,8 +23,9 @@ from common.metrics import REGIONS, SiteMetrics, mean_dice
 from server.checkpoint import RunFolder
 from server.history import History
 from server.tables import average, number, site_table
-from simulation.cohort import Cohort, SiteCohort
+from simulation.cohort import Cohort
 from simulation.run import Engine, claimed, run_engine
+from sites.site_cohort import SiteCohort
 
 LOG = logging.getLogger("fedbrats")
 POOLED = "(pooled)"  # which no real site is called

@@ -13,24 +13,11 @@ from pathlib import Path
 from client.site import write_site
 from common.config import FederationConfig
 from common.config_file import dump_config
-from sites.cache import CachedSubject, prepare_subjects
 from sites.checks import same_patient_twice
 from sites.finding import Finding
-from sites.holdout import divide
 from sites.institutions import Split, roles, split_subjects
-from sites.preprocess import recipe_of
+from sites.site_cohort import SiteCohort, prepare_site
 from sites.subject import Discovery, Subject, discover
-
-
-@dataclass(frozen=True)
-class SiteCohort:
-    """A site's prepared subjects; one that only evaluates holds out all of them."""
-
-    name: str
-    trains: bool
-    training: tuple[CachedSubject, ...]
-    held_out: tuple[CachedSubject, ...]
-    findings: tuple[Finding, ...]
 
 
 @dataclass(frozen=True)
@@ -98,24 +85,17 @@ def assemble(data: Path, config: FederationConfig, cache: Path) -> Cohort:
     found = [_at_site(finding, site_of) for finding in discovery.findings]
     for name, members in split.sites.items():
         subjects: list[Subject] = [by_id[member] for member in members]
-        preparation = prepare_subjects(subjects, recipe_of(config), cache, site=name)
-        found += preparation.findings
-        ready = {entry.id: entry for entry in preparation.ready}
-        training, held_out = divide(
-            ready, split.grades, seed=config.seed, fraction=config.held_out_fraction
+        site = prepare_site(
+            name,
+            subjects,
+            split.grades,
+            config,
+            cache,
+            only_evaluates=does[name] == "evaluates",
+            min_subjects=config.split.min_subjects,
         )
-        # a site can fall below the minimum by subjects that cannot be used
-        if does[name] == "evaluates" or len(ready) < config.split.min_subjects:
-            training, held_out = (), tuple(ready)
-        sites.append(
-            SiteCohort(
-                name=name,
-                trains=bool(training),
-                training=tuple(ready[i] for i in training),
-                held_out=tuple(ready[i] for i in held_out),
-                findings=preparation.findings,
-            )
-        )
+        found += site.findings
+        sites.append(site)
     everyone = [(s.name, e.id, e.digest) for s in sites for e in (*s.training, *s.held_out)]
     found += same_patient_twice(everyone)
     findings = tuple(dict.fromkeys(found))

@@ -114,6 +114,15 @@ def split_subjects(
     return _gather(site_of, grades, absent, by)
 
 
+def grades_of(subjects: Sequence[Subject], root: Path) -> dict[str, str]:
+    """Subject id -> "HGG", "LGG" or "", as `split_subjects` finds it: for a site with its own folder.
+
+    Raises SplitError when two name mappings beside the subjects contradict each other.
+    """
+    mapping = read_name_mappings(name_mappings_near(subjects, root))
+    return {subject.id: _grade(subject, mapping) for subject in subjects}
+
+
 def sizes(split: Split) -> dict[str, int]:
     """Site -> number of subjects."""
     return {site: len(subject_ids) for site, subject_ids in split.sites.items()}

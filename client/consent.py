@@ -1,0 +1,160 @@
+"""What a hospital agrees to before anything about its data leaves: the sheet, and the recorded yes.
+
+A yes is given to terms by their hash (`common.terms`), once, and holds until they change. Code that
+differs from the installed one cannot be agreed to: it would not run here anyway.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from client.hospital import HospitalFolder
+from common.code_hash import code_hash
+from common.files import write_text_atomically
+from common.invitation import Invitation
+from common.terms import Terms, changes, terms_from
+
+SHORTEST_HASH = 12  # digits that --accept may be shortened to
+
+
+class NotAccepted(RuntimeError):
+    """The terms are not accepted, or cannot be; the text says what to do."""
+
+
+def accepted_terms(folder: HospitalFolder) -> Terms | None:
+    """The terms that this site said yes to, if any.
+
+    Raises:
+        BadTerms: the record is of a version whose configuration this one does not understand.
+    """
+    stored = _read(folder.accepted)
+    return terms_from(stored["terms"]) if stored else None
+
+
+def proposed_terms(folder: HospitalFolder) -> Terms | None:
+    """Terms that the coordinator proposed since, and that await an answer."""
+    stored = _read(folder.proposed)
+    return terms_from(stored["terms"]) if stored else None
+
+
+def propose(folder: HospitalFolder, terms: Terms) -> None:
+    """Keep changed terms for `fed-client review`."""
+    _write(folder.proposed, terms, "proposed_at")
+
+
+def accept(folder: HospitalFolder, terms: Terms, hash_: str) -> None:
+    """Record the yes to these terms, given by their hash or at least 12 digits of it.
+
+    Raises:
+        NotAccepted: the hash is of other terms, or the code is not the installed one.
+    """
+    require_same_code(terms)
+    given = hash_.strip().lower().replace(" ", "")
+    if len(given) < SHORTEST_HASH or not terms.hash().startswith(given):
+        raise NotAccepted(
+            f"The hash {hash_} is not that of these terms ({terms.hash()}). "
+            "They may have changed: read them again with `fed-client review`."
+        )
+    _write(folder.accepted, terms, "accepted_at")
+    folder.proposed.unlink(missing_ok=True)
+
+
+def withdraw(folder: HospitalFolder) -> None:
+    """Forget the yes: joining again asks again."""
+    folder.accepted.unlink(missing_ok=True)
+    folder.proposed.unlink(missing_ok=True)
+
+
+def require_same_code(terms: Terms) -> None:
+    """Raises:
+    NotAccepted: the terms are for other code than is installed here.
+    """
+    here = code_hash()
+    if terms.code_hash != here:
+        raise NotAccepted(
+            f"The federation runs fedbrats code {terms.code_hash[:12]}, installed here is "
+            f"{here[:12]}. Nothing but the installed code ever runs here, so both sides need the "
+            "same version: ask the coordinator which, and install it."
+        )
+
+
+def sheet(terms: Terms, invitation: Invitation) -> str:
+    """The consent sheet: everything that matters, in plain words."""
+    c = terms.config
+    t, r = c.training, c.rounds
+    updates = (
+        "its change since the round's model, rounded to 16-bit numbers"
+        if r.updates == "fp16"
+        else "whole, as 32-bit numbers"
+    )
+    view = (
+        f"patches of {_grid(t.patch)} voxels"
+        if c.preprocess.mode == "patches"
+        else f"volumes resampled to {_grid(c.preprocess.shape)} voxels"
+    )
+    return f"""\
+CONSENT SHEET of federation "{c.name}" ({terms.federation}) for {invitation.site}
+
+  Coordinator   {invitation.address}
+  Its CA        {invitation.ca_digits()}
+                (compare by telephone, with a number you know to be the coordinator's)
+  Code          {terms.code_hash[:12]} (that of the package installed here; no code is received)
+  Network       {c.network.name}, feature maps {", ".join(map(str, c.network.channels))}, \
+{c.network.norm} norm
+  Data          modalities {", ".join(c.modalities)}; {view}
+  Loss          Dice + {c.loss.focal_weight:g} x focal (gamma {c.loss.gamma:g})
+  Training      at most {r.number} rounds of {t.epochs} epochs over this site's training subjects;
+                {c.held_out_fraction:.0%} of the subjects are held out and only measured on
+
+  What leaves this building, and nothing else:
+   - after each round, the network's weights ({updates})
+   - this site's name, and the numbers of its training, held-out and left-out subjects
+   - the mean training loss, seconds and throughput of each round
+   - means of the metrics over the held-out subjects, with the number of subjects behind each
+   - the text of an error, free of paths and data
+  What stays: every scan, segmentation and subject id; results of single subjects.
+
+  Privacy       NO differential privacy and NO secure aggregation. Weights and means can reveal
+                facts about training data to the coordinator and to whoever gets the model. A mean
+                over a single held-out subject is that subject's result.
+
+  Hash of these terms: {terms.hash()}
+"""
+
+
+def difference(before: Terms, after: Terms) -> str:
+    """One line for each value that changed."""
+    lines = [f"  {key}: {_shown(old)} -> {_shown(new)}" for key, old, new in changes(before, after)]
+    return "\n".join(lines) or "  nothing"
+
+
+def _grid(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise NotAccepted(
+            f"{path} cannot be read ({error}); delete it to be asked again."
+        ) from error
+    if not isinstance(stored, dict) or not isinstance(stored.get("terms"), dict):
+        raise NotAccepted(f"{path} holds no terms; delete it to be asked again.")
+    return stored
+
+
+def _write(path: Path, terms: Terms, when: str) -> None:
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    record = {"hash": terms.hash(), when: at, "terms": terms.document()}
+    write_text_atomically(path, json.dumps(record, indent=1) + "\n")

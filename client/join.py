@@ -1,0 +1,475 @@
+"""`fed-client join`: stays in a federation until it is complete, whatever happens in between.
+
+This process holds the connection and decides what may run and what may leave; the worker
+(`client.worker_process`) holds network and data. One task at a time: a newer message replaces the
+task in hand, for then the coordinator no longer waits for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app.error import Error
+from flwr.common.constant import ErrorCode
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as MessageProto
+from flwr.supercore.task_identity import TaskIdentity
+
+from client import consent, outbound
+from client.connection import (
+    AlreadyConnected,
+    Connection,
+    Refused,
+    RunOver,
+    TooLarge,
+    Unreachable,
+)
+from client.display import Display
+from client.hospital import HospitalFolder
+from client.site_config import SiteConfig
+from client.worker_process import Event, Worker
+from common.code_hash import code_hash
+from common.invitation import Invitation
+from common.keys import load_private_key
+from common.notices import is_farewell, unpack_farewell, unpack_roll_call
+from common.progress import Progress
+from common.records import BadMessage
+from common.terms import Terms
+
+LOG = logging.getLogger("fedbrats")
+POLL_SECONDS = 0.2  # for the next message, soon after the last
+IDLE_POLL_SECONDS = 1.0
+SOON = 10.0  # seconds
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between attempts to reach the coordinator
+OCCUPIED_MINUTES = 3.0  # longest wait for another client with this key to go away
+MARGIN_SECONDS = 30.0  # before the deadline, so that the refusal is there in time
+
+
+class JoinFailed(RuntimeError):
+    """The site cannot take part; the text says why and what to do. `findings` are about its scans."""
+
+    def __init__(self, text: str, findings: list[dict[str, str]] | None = None) -> None:
+        super().__init__(text)
+        self.findings = findings or []
+
+
+class Stopped(RuntimeError):
+    """Somebody asked this client to stop."""
+
+
+@dataclass
+class _Task:
+    message: Message
+    began: float
+    what: str
+
+
+class Membership:
+    """One `join`, from the preparation of the data to the farewell."""
+
+    def __init__(
+        self,
+        folder: HospitalFolder,
+        settings: SiteConfig,
+        invitation: Invitation,
+        display: Display,
+    ) -> None:
+        self._folder = folder
+        self._settings = settings
+        self._invitation = invitation
+        self._display = display
+        self._stop = threading.Event()
+        self._terms = self._accepted()
+        self._worker: Worker | None = None
+        self._model_bytes = 0
+        self._task: _Task | None = None
+        self._runs: dict[int, tuple[str, str]] = {}
+        self._recent = 0.0  # when the last message or answer passed
+        self._kept: list[Event] = []  # what the worker said while the coordinator was away
+        self._trouble = ""
+
+    def stop(self, *_: Any) -> None:
+        """Ask `run` to end; safe in a signal handler."""
+        self._stop.set()
+
+    def run(self) -> bool:
+        """Take part until the coordinator says that the federation is over; was it completed?
+
+        Raises:
+            JoinFailed, Stopped
+        """
+        try:
+            self._prepare()
+            return self._take_part()
+        finally:
+            if self._worker is not None:
+                self._worker.kill()
+
+    # ----------------------------------------------------------------------------------- preparing
+
+    def _prepare(self) -> None:
+        """Have the worker check and preprocess the data for the accepted terms."""
+        if self._worker is not None:
+            self._worker.kill()
+        self._display.state("preparing", "checking and preparing the data")
+        self._worker = Worker(self._folder.path, self._settings.device)
+        self._worker.order("prepare", name=self._invitation.site)
+        while True:
+            self._check_stop()
+            event = self._worker.event(0.5)
+            if event is None or self._shown(event):
+                continue
+            if event.kind in ("failed", "died"):
+                raise JoinFailed(event.details["text"], event.details.get("findings"))
+            if event.kind == "prepared":
+                d = event.details
+                self._model_bytes = d["model_bytes"]
+                numbers = {key: d[key] for key in ("n_training", "n_held_out", "n_left_out")}
+                self._display.set(**numbers)
+                LOG.info(
+                    f"{d['n_training']} training, {d['n_held_out']} held out, "
+                    f"{d['n_left_out']} left out, {d['warnings']} warnings"
+                )
+                return
+
+    # --------------------------------------------------------------------------------- taking part
+
+    def _take_part(self) -> bool:
+        key = load_private_key(self._folder.private_key)
+        connection = Connection(self._invitation.address, self._invitation.ca_certificate, key)
+        try:
+            self._display.state("connecting", f"connecting to {self._invitation.address}")
+            self._persist(connection.open)
+            self._display.state("waiting", f"connected to {self._invitation.address}")
+            while True:
+                verdict = self._step(connection)
+                if verdict is not None:
+                    return verdict
+        finally:
+            if self._task is not None:  # so that nobody waits for it
+                with contextlib.suppress(Exception):
+                    reply = self._error(self._task.message, "the site's client was stopped.")
+                    outbound.release(reply, self._folder.sent)
+                    connection.send(reply)
+            connection.close()
+
+    def _step(self, connection: Connection) -> bool | None:
+        """One message, or one event of the worker, or a moment's wait. The farewell's verdict ends it."""
+        self._check_stop()
+        self._notice_acceptance()
+        received = self._persist(connection.receive, reopen=connection.open)
+        if received is not None:
+            self._recent = time.monotonic()
+            head, tree = received
+            if self._task is None or tree.object_id != _id(self._task.message):
+                self._drop_task("a newer message replaces it")
+                return self._take(connection, head, tree)
+        soon = time.monotonic() - self._recent < SOON
+        pause = POLL_SECONDS if soon else IDLE_POLL_SECONDS
+        if self._task is None:
+            self._stop.wait(pause)
+        else:
+            self._watch(connection, pause)
+        self._display.set(last_contact=_text(connection.last_contact))
+        return None
+
+    def _take(self, connection: Connection, head: Message, tree: Any) -> bool | None:
+        """Refuse, answer or begin what a message asks for."""
+        TaskIdentity.task_id = TaskIdentity.run_id = head.metadata.run_id
+        TaskIdentity.node_id = connection.node_id
+        head.metadata.__dict__["_message_id"] = tree.object_id
+        kind = head.metadata.message_type
+        try:
+            if reason := self._foreign(connection, head):
+                self._answer(connection, self._error(head, reason))
+                return None
+            largest = self._model_bytes if kind in (MessageType.TRAIN, MessageType.EVALUATE) else 0
+            message = self._persist(lambda: connection.fetch(head, tree, largest))
+            if kind == MessageType.QUERY and is_farewell(message.content):
+                return self._farewell(connection, message)
+            if kind == MessageType.QUERY and (reason := self._other_terms(message)):
+                self._answer(connection, self._error(head, reason))
+                return None
+        except RunOver:
+            return None
+        except (TooLarge, BadMessage) as error:
+            LOG.warning(f"refused: {error}")
+            self._answer(connection, self._error(head, str(error)))
+            return None
+        self._begin(message)
+        return None
+
+    def _begin(self, message: Message) -> None:
+        kind = message.metadata.message_type
+        if self._worker is None:
+            self._worker = Worker(self._folder.path, self._settings.device)
+        self._task = _Task(message, time.monotonic(), kind)
+        self._worker.order("answer", message_to_proto(message).SerializeToString())
+        round_ = _round(message)
+        if round_ is not None:
+            words = {MessageType.TRAIN: "training", MessageType.EVALUATE: "evaluating"}[kind]
+            self._display.state(words, f"round {round_}: {words}", round=round_)
+
+    def _watch(self, connection: Connection, seconds: float) -> None:
+        """Hear the worker for this long; an answer, its death or the deadline end the task."""
+        task, worker = self._task, self._worker
+        assert task is not None
+        assert worker is not None
+        until = time.monotonic() + seconds
+        while self._task is task and (left := until - time.monotonic()) > 0:
+            event = self._kept.pop(0) if self._kept else worker.event(min(left, 0.2))
+            if self._stop.is_set():
+                return
+            if event is None or self._shown(event):
+                late = time.monotonic() - task.began - task.message.metadata.ttl
+                if late > -min(MARGIN_SECONDS, task.message.metadata.ttl / 10):
+                    self._end_worker()
+                    minutes = task.message.metadata.ttl / 60
+                    reason = f"it took longer than the round's deadline of {minutes:g} minutes."
+                    self._finish(connection, self._error(task.message, reason))
+            elif event.kind == "reply":
+                reply = message_from_proto(MessageProto.FromString(event.payload))
+                self._finish(connection, reply)
+            else:
+                LOG.warning(event.details["text"])
+                self._end_worker()
+                reason = event.details["text"] if event.kind == "died" else "internal error."
+                self._finish(connection, self._error(task.message, reason))
+
+    def _finish(self, connection: Connection, reply: Message) -> None:
+        task, self._task = self._task, None
+        assert task is not None
+        seconds = time.monotonic() - task.began
+        round_ = _round(task.message)
+        self._display.state("sending")
+        if reply.has_error():
+            LOG.warning(f"the answer is a refusal: {reply.error.reason}")
+        departure = self._answer(connection, reply)
+        if departure is not None and round_ is not None and not reply.has_error():
+            LOG.info(
+                f"round {round_}: {departure.kind} sent ({departure.bytes:,} bytes), {seconds:.1f} s"
+            )
+        self._recent = time.monotonic()
+        self._display.state("waiting", left=outbound.in_words(self._folder.sent))
+
+    # ------------------------------------------------------------------------------ what may happen
+
+    def _foreign(self, connection: Connection, head: Message) -> str:
+        """Why a message's run is not one to work for; empty if it is."""
+        run_id = head.metadata.run_id
+        if run_id not in self._runs:
+            self._runs[run_id] = self._persist(lambda: connection.run(run_id))
+        federation, code = self._runs[run_id]
+        site = self._invitation.site
+        if federation != self._invitation.federation:
+            return self._refusal(f"{site}: the task is of another federation ({federation[:40]}).")
+        if code != code_hash():
+            return self._refusal(
+                f"{site}: the task is for other code ({code[:12]}) than is installed here "
+                f"({code_hash()[:12]}); nothing was run. Both sides need the same version."
+            )
+        if head.metadata.message_type not in (
+            MessageType.QUERY,
+            MessageType.TRAIN,
+            MessageType.EVALUATE,
+        ):
+            return self._refusal(f"{site}: there is no such task.")
+        return ""
+
+    def _other_terms(self, message: Message) -> str:
+        """Why a roll call is not answered; empty if its terms are the accepted ones."""
+        terms = unpack_roll_call(message.content)
+        if terms.hash() == self._terms.hash():
+            return ""
+        known = consent.proposed_terms(self._folder)
+        if known is None or known.hash() != terms.hash():
+            consent.propose(self._folder, terms)
+        LOG.warning(
+            "the coordinator has changed the terms:\n"
+            f"{consent.difference(self._terms, terms)}\n"
+            f"Nothing is done for them until you agree: fed-client review {self._folder.path}"
+        )
+        self._display.state("terms to review")
+        return (
+            f"{self._invitation.site}: has not accepted the changed terms yet (fed-client review)."
+        )
+
+    def _notice_acceptance(self) -> None:
+        """Changed terms can be accepted, or the acceptance withdrawn, while this runs."""
+        terms = self._accepted()
+        if terms.hash() != self._terms.hash():
+            LOG.info("the changed terms are accepted")
+            self._drop_task("it was for other terms")
+            self._terms = terms
+            self._prepare()
+            self._display.state("waiting")
+
+    def _accepted(self) -> Terms:
+        terms = consent.accepted_terms(self._folder)
+        if terms is None:
+            raise JoinFailed("the terms are not accepted (any more).")
+        return terms
+
+    def _refusal(self, reason: str) -> str:
+        LOG.warning(f"refused: {reason}")
+        return reason
+
+    def _farewell(self, connection: Connection, message: Message) -> bool:
+        farewell = unpack_farewell(message.content)
+        content = RecordDict({"farewell": ConfigRecord({"received": True})})
+        with contextlib.suppress(Unreachable, Refused, RunOver):
+            reply = Message(content, reply_to=message)
+            outbound.release(reply, self._folder.sent)
+            connection.send(reply)
+        LOG.info(f"the federation is over.\n{farewell.verdict}")
+        return farewell.complete
+
+    # ------------------------------------------------------------------------------------- the rest
+
+    def _answer(self, connection: Connection, reply: Message) -> outbound.Departure | None:
+        """Record a reply, send it, and try again until it has arrived or nobody waits for it."""
+        try:
+            departure = outbound.release(reply, self._folder.sent)
+            kept = self._persist(lambda: connection.send(reply))
+        except RunOver:
+            kept = False
+        except outbound.OutboundError as error:
+            raise JoinFailed(str(error)) from error
+        if not kept:
+            LOG.info("the coordinator no longer waits for this answer")
+            return None
+        return departure
+
+    def _persist(self, action: Callable[[], Any], reopen: Callable[[], None] | None = None) -> Any:
+        """Do it, with growing pauses between attempts, until it works or patience is at an end.
+
+        Raises:
+            JoinFailed: the coordinator refuses, or was out of reach for too long.
+            Stopped
+            RunOver, TooLarge: as `action` raises them.
+        """
+        begin, wait = time.monotonic(), FIRST_WAIT
+        reopened = False
+        while True:
+            self._check_stop()
+            try:
+                result = action()
+                if wait > FIRST_WAIT:
+                    LOG.info("connected again")
+                    self._trouble = ""
+                    if self._task is None:
+                        self._display.state("waiting")
+                return result
+            except Refused as error:
+                if reopen is None or reopened:
+                    raise JoinFailed(str(error)) from error
+                reopened, action = True, _both(reopen, action)  # the server may have begun anew
+            except Unreachable as error:
+                self._give_up_after(time.monotonic() - begin, error)
+                text = f"{error} Trying again."
+                if text != self._trouble:
+                    LOG.warning(text)
+                self._trouble = text
+                if self._task is None:
+                    self._display.state("reconnecting", trouble=str(error))
+                self._wait(wait * random.uniform(0.8, 1.2))
+                wait = min(2 * wait, LONGEST_WAIT)
+
+    def _give_up_after(self, seconds: float, error: Unreachable) -> None:
+        limit = 3600 * self._settings.patience_hours
+        remedy = "Ask the coordinator whether the server runs."
+        if isinstance(error, AlreadyConnected):
+            limit = min(limit, 60 * OCCUPIED_MINUTES)
+            remedy = (
+                "Is it running on another machine? If not, somebody has your key: type "
+                "`fed-client rotate-key` and tell the coordinator."
+            )
+        if seconds > limit:
+            raise JoinFailed(
+                f"{error} Given up after {seconds / 60:.0f} minutes. {remedy}"
+            ) from error
+
+    def _wait(self, seconds: float) -> None:
+        """The worker goes on meanwhile, and must be heard or it would get stuck."""
+        until = time.monotonic() + seconds
+        while not self._stop.is_set() and (left := until - time.monotonic()) > 0:
+            if self._worker is None or self._kept:
+                self._stop.wait(min(left, 0.2))
+            elif (event := self._worker.event(min(left, 0.2))) and not self._shown(event):
+                self._kept.append(event)
+
+    def _drop_task(self, why: str) -> None:
+        if self._task is not None:
+            LOG.info(f"the task in hand is dropped: {why}")
+            self._task = None
+            self._end_worker()
+
+    def _end_worker(self) -> None:
+        """The next task starts a new one."""
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
+        self._kept.clear()
+
+    def _shown(self, event: Event) -> bool:
+        """Log lines and progress are shown; anything else is for the caller."""
+        if event.kind == "log":
+            LOG.log(event.details["level"], event.details["text"])
+        elif event.kind == "progress":
+            self._display.progress(Progress(**event.details["progress"]))
+        else:
+            return False
+        return True
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise Stopped
+
+    @staticmethod
+    def _error(message: Message, reason: str) -> Message:
+        code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+        return Message(Error(code=code, reason=reason), reply_to=message)
+
+
+@contextmanager
+def stopping(membership: Membership) -> Iterator[None]:
+    """SIGTERM and Ctrl-C ask it to stop while the block runs."""
+    before = {s: signal.signal(s, membership.stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _both(first: Callable[[], None], second: Callable[[], Any]) -> Callable[[], Any]:
+    def both() -> Any:
+        first()
+        return second()
+
+    return both
+
+
+def _id(message: Message) -> str:
+    return str(message.metadata.message_id)
+
+
+def _round(message: Message) -> int | None:
+    about = message.content.get("about") if message.has_content() else None
+    round_ = about.get("round") if isinstance(about, ConfigRecord) else None
+    return round_ if isinstance(round_, int) else None
+
+
+def _text(moment: datetime | None) -> str | None:
+    return moment.astimezone(UTC).isoformat(timespec="seconds") if moment else None

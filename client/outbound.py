@@ -1,0 +1,190 @@
+"""The one way out: every reply passes `release`, which records what it holds before it is sent.
+
+The record (SQLite, in the site's folder) is this site's own account of what has left the building:
+when, for which round, how many tensors, numbers and bytes, the hash of the weights, and every number
+that is not a weight. It is read from the reply itself, not from what the training says it sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, Message
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS sent (
+    id INTEGER PRIMARY KEY, at TEXT NOT NULL, kind TEXT NOT NULL, round INTEGER, tensors INTEGER,
+    weights INTEGER, numbers INTEGER, bytes INTEGER NOT NULL, sha256 TEXT, details TEXT NOT NULL
+)
+"""
+CARD, UPDATE, METRICS, ERROR, OTHER = "card", "update", "metrics", "error", "other"
+
+
+@dataclass(frozen=True)
+class Departure:
+    """What one reply holds. `weights` counts values in tensors, `numbers` all others."""
+
+    kind: str
+    round: int | None
+    tensors: int
+    weights: int
+    numbers: int
+    bytes: int
+    sha256: str
+    details: dict[str, Any]
+
+
+class OutboundError(RuntimeError):
+    """The record cannot be written, so nothing may leave; the text says what to do."""
+
+
+def release(reply: Message, record: Path) -> Departure:
+    """Record what `reply` holds; only then may it be sent.
+
+    Raises:
+        OutboundError: the record cannot be written.
+    """
+    departure = inspect(reply)
+    d = departure
+    with _open(record) as database:
+        database.execute(
+            "INSERT INTO sent (at, kind, round, tensors, weights, numbers, bytes, sha256, details)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                datetime.now(UTC).isoformat(timespec="seconds"),
+                d.kind,
+                d.round,
+                d.tensors,
+                d.weights,
+                d.numbers,
+                d.bytes,
+                d.sha256,
+                json.dumps(d.details),
+            ),
+        )
+    return departure
+
+
+def inspect(reply: Message) -> Departure:
+    """What a reply holds, read from the reply itself."""
+    if reply.has_error():
+        reason = reply.error.reason or ""
+        return Departure(ERROR, None, 0, 0, 0, len(reason.encode()), "", {"reason": reason})
+    tensors = weights = size = 0
+    digest = hashlib.sha256()
+    details: dict[str, Any] = {}
+    for name, record in reply.content.items():
+        if isinstance(record, ArrayRecord):
+            for array in record.values():
+                digest.update(array.data)
+                size += len(array.data)
+                shapes = _shapes(array)
+                tensors, weights = tensors + len(shapes), weights + sum(shapes)
+        else:
+            details[name] = {key: _plain(value) for key, value in record.items()}
+    numbers = sum(
+        isinstance(value, (int, float)) for values in details.values() for value in values.values()
+    )
+    size += len(json.dumps(details).encode())
+    kind = OTHER
+    if tensors:
+        kind = UPDATE
+    elif "means" in details:
+        kind = METRICS
+    elif "card" in details:
+        kind = CARD
+    round_ = details.get("about", {}).get("round")
+    hash_ = digest.hexdigest() if tensors else ""
+    return Departure(kind, round_, tensors, weights, numbers, size, hash_, details)
+
+
+def departures(record: Path) -> list[dict[str, Any]]:
+    """Everything recorded, in order, as plain JSON types."""
+    if not record.exists():
+        return []
+    with _open(record) as database:
+        database.row_factory = sqlite3.Row
+        rows = database.execute("SELECT * FROM sent ORDER BY id").fetchall()
+    return [{**dict(row), "details": json.loads(row["details"])} for row in rows]
+
+
+def in_words(record: Path) -> list[str]:
+    """What has left this building so far, a line for each kind."""
+    if not record.exists():
+        return ["nothing"]
+    with _open(record) as database:
+        rows = database.execute(
+            "SELECT kind, count(*), max(tensors), max(weights), sum(numbers), sum(bytes)"
+            " FROM sent GROUP BY kind"
+        ).fetchall()
+    found = {row[0]: row[1:] for row in rows}
+    lines = []
+    if CARD in found:
+        n, _, _, numbers, size = found[CARD]
+        lines.append(f"{_many(n, 'site card')} (name and numbers of subjects; {numbers} numbers)")
+    if UPDATE in found:
+        n, tensors, weights, numbers, size = found[UPDATE]
+        lines.append(
+            f"{_many(n, 'model update')} ({tensors} tensors of {weights:,} numbers each time, "
+            f"{numbers} other numbers, {_size(size)} in all)"
+        )
+    if METRICS in found:
+        n, _, _, numbers, size = found[METRICS]
+        lines.append(f"{_many(n, 'set')} of mean metrics ({numbers} numbers, {_size(size)} in all)")
+    if ERROR in found:
+        lines.append(f"{_many(found[ERROR][0], 'error text')}")
+    if OTHER in found:
+        lines.append(f"{_many(found[OTHER][0], 'acknowledgement')}")
+    return lines or ["nothing"]
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
+def _shapes(array: Array) -> list[int]:
+    """Number of values of each tensor in a block of safetensors."""
+    data = array.data
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    sizes = []
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            count = 1
+            for extent in tensor["shape"]:
+                count *= extent
+            sizes.append(count)
+    return sizes
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no bytes."""
+    if isinstance(value, float) and value != value:
+        return None
+    return value.hex() if isinstance(value, bytes) else value
+
+
+@contextlib.contextmanager
+def _open(record: Path) -> Iterator[sqlite3.Connection]:
+    try:
+        with contextlib.closing(sqlite3.connect(record, timeout=60)) as database, database:
+            database.execute("PRAGMA synchronous = FULL")
+            database.execute(SCHEMA)
+            yield database
+    except sqlite3.Error as error:
+        raise OutboundError(
+            f"{record}: the record of what leaves cannot be used ({error}), so nothing is sent. "
+            "Free disk space, or restore the file."
+        ) from error

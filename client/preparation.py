@@ -1,0 +1,75 @@
+"""A hospital's own folder of scans made ready for one federation: the first thing that `join` does.
+
+Writes the site's folder (`client.site`), which lists the prepared subjects. All of it stays here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from client.site import write_site
+from common.config import FederationConfig
+from common.config_file import dump_config
+from sites.finding import Finding
+from sites.institutions import grades_of
+from sites.site_cohort import prepare_site
+from sites.subject import discover
+
+
+@dataclass(frozen=True)
+class Prepared:
+    n_training: int
+    n_held_out: int
+    n_left_out: int
+    warnings: int
+
+
+class UnusableData(ValueError):
+    """The folder cannot be trained on; `findings` say which file and why."""
+
+    def __init__(self, text: str, findings: Sequence[Finding] = ()) -> None:
+        super().__init__(text)
+        self.findings = tuple(findings)
+
+
+def prepare_hospital(
+    name: str, data: Path, cache: Path, state: Path, config: FederationConfig
+) -> Prepared:
+    """Check and preprocess the subjects below `data`, and write the site's folder `state`.
+
+    Raises:
+        UnusableData: no subject can be used, or one cannot and the federation refuses to skip it.
+        CacheError: the cache cannot be written.
+        SplitError: name mappings in `data` contradict each other.
+    """
+    if not data.is_dir():
+        raise UnusableData(f"{data} is no folder; correct `data` in site.yaml.")
+    discovery = discover(data, modalities=config.modalities, site=name)
+    if not discovery.subjects:
+        raise UnusableData(f"{data}: no subject was found.", discovery.findings)
+    grades = grades_of(discovery.subjects, data)
+    site = prepare_site(name, discovery.subjects, grades, config, cache)
+    findings = tuple(dict.fromkeys((*discovery.findings, *site.findings)))
+    errors = [finding for finding in findings if finding.severity == "error"]
+    bad = {finding.subject for finding in errors} - {""}
+    if errors and config.on_bad_subject == "refuse":
+        raise UnusableData(
+            f"{len(bad)} subjects cannot be used; mend or remove them. (The federation agreed on "
+            "on_bad_subject: refuse.)",
+            findings,
+        )
+    if not site.training and not site.held_out:
+        raise UnusableData(f"{data}: no subject can be used.", findings)
+    write_site(
+        state,
+        name=name,
+        trains=site.trains,
+        config_text=dump_config(config),
+        training=site.training,
+        held_out=site.held_out,
+        findings=findings,
+    )
+    warnings = sum(finding.severity == "warning" for finding in findings)
+    return Prepared(len(site.training), len(site.held_out), len(bad), warnings)

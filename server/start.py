@@ -1,0 +1,206 @@
+"""`fed-server start`: one process that serves the hospitals and drives every round to the end.
+
+Killed at any moment, the same command continues after the last complete round: rounds live in the
+run's history and checkpoints, never in the link database, whose runs end with the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from flwr.app import Message, MessageType
+from flwr.server.superlink.linkstate import LinkState
+from sqlalchemy.exc import SQLAlchemyError
+
+from common.files import locked, write_text_atomically
+from common.notices import Farewell, pack_farewell
+from server import enrolment
+from server.attendance import Attendance, note_terms
+from server.certificates import read_certificate
+from server.checkpoint import RunFolder
+from server.coordinator import CoordinatorFolder, host_and_port, terms
+from server.history import History
+from server.link_grid import LinkGrid
+from server.live import Board, showing
+from server.roll_call import FederationFailed
+from server.rounds import run_rounds
+from server.superlink import begin_run, fleet_app, listening, open_link_state, place_nodes
+from server.tables import Verdict, results_json, verdict
+
+LOG = logging.getLogger("fedbrats")
+RENEW_DAYS = 30
+FAREWELL_SECONDS = 15.0  # that sites have to hear the end
+
+
+class Stopped(RuntimeError):
+    """Somebody asked the server to stop."""
+
+
+def start(folder: CoordinatorFolder) -> Verdict:
+    """Serve until every round is done, or this cannot go on; continues what an earlier call began.
+
+    Raises:
+        AlreadyInUse: another process serves this folder.
+        FederationFailed: too few sites, or a round with too few good replies; nothing is lost.
+        CannotListen, CertificateError, ConfigError, CoordinatorError, EnrolmentError
+        BadWeights, HistoryError: what is needed to continue is damaged.
+        OSError: the disk is full or not writable.
+        Stopped: by SIGTERM or Ctrl-C.
+    """
+    with locked(folder.lock), _stopping():
+        stated = terms(folder)
+        config = stated.config
+        _require_certificate(folder, config.server.address)
+        run = RunFolder(folder.run)
+        run.path.mkdir(exist_ok=True)
+        with History(run.history) as history:
+            done = history.final() is not None
+            note_terms(history, stated)
+            before = len(history.rounds())
+        if done:
+            LOG.info("the federation is complete; there is nothing left to do")
+            return _write_results(run)
+        if not enrolment.active(folder.enrolled):
+            raise FederationFailed(
+                f"No hospital is enrolled yet: fed-server admit {folder.path} SITE.pub --name NAME"
+            )
+        try:
+            factory = open_link_state(folder.superlink)
+            state = factory.state()
+            place_nodes(state, _keys(folder))
+            run_id = begin_run(state, stated.federation, stated.code_hash)
+            grid = LinkGrid(state, run_id, return_seconds=60 * config.server.return_minutes)
+            board = Board(
+                folder.status,
+                lambda: [site.name for site in enrolment.active(folder.enrolled)],
+                grid.contacts,
+                grid.doing,
+                rounds=config.rounds.number,
+                rounds_before=before,
+                name=config.name,
+                address=host_and_port(config),
+                terms=stated.hash(),
+            )
+            attend = Attendance(
+                grid,
+                stated,
+                lambda: [site.name for site in enrolment.active(folder.enrolled)],
+                board.waiting,
+            )
+            files = folder.server_certificate, folder.server_key
+            with (
+                listening(fleet_app(factory), config.server.listen, config.server.port, *files),
+                _enrolling(folder, state),
+                showing(board),
+            ):
+                LOG.info(
+                    f"serving {config.name} at {host_and_port(config)}; terms {stated.hash()[:12]}"
+                )
+                try:
+                    run_rounds(
+                        grid,
+                        config,
+                        run,
+                        board.round_done,
+                        attend=attend,
+                        attempts=config.server.attempts,
+                    )
+                finally:
+                    judged = _write_results(run)
+                _say_farewell(grid, judged)
+        except SQLAlchemyError as error:
+            reason = str(getattr(error, "orig", error))
+            raise OSError(
+                f"{folder.superlink}: cannot be read or written ({reason}). Free disk space, or "
+                "move the file away: it holds nothing that is needed to continue."
+            ) from error
+        return judged
+
+
+def _require_certificate(folder: CoordinatorFolder, address: str) -> None:
+    certificate = read_certificate(folder.server_certificate)
+    if problem := certificate.problem(address):
+        raise FederationFailed(problem)
+    left = certificate.not_after - datetime.now(UTC)
+    if left < timedelta(days=RENEW_DAYS):
+        LOG.warning(
+            f"the server's certificate expires in {left.days} days: "
+            f"fed-server renew-certificate {folder.path}"
+        )
+
+
+def _keys(folder: CoordinatorFolder) -> dict[str, Any]:
+    return {site.name: site.key() for site in enrolment.active(folder.enrolled)}
+
+
+@contextmanager
+def _enrolling(folder: CoordinatorFolder, state: LinkState) -> Iterator[None]:
+    """`admit` and `revoke` take effect while the server runs, within a second or two."""
+    over = threading.Event()
+    placed = set(enrolment.active(folder.enrolled))
+
+    def keep_placing() -> None:
+        nonlocal placed
+        while not over.wait(1.0):
+            with contextlib.suppress(Exception):  # a busy file: the next second will do
+                now = set(enrolment.active(folder.enrolled))
+                if now != placed:
+                    place_nodes(state, {site.name: site.key() for site in now})
+                    placed = now
+
+    thread = threading.Thread(target=keep_placing, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(timeout=5)
+
+
+def _say_farewell(grid: LinkGrid, judged: Verdict) -> None:
+    """Tell everybody who is connected that it is over; who cannot hear it is not waited for."""
+    content = pack_farewell(Farewell(judged.complete, "\n".join(judged.lines())))
+    waiting = {}
+    for contact in grid.contacts().values():
+        if contact.online:
+            message = Message(content, contact.node, MessageType.QUERY, ttl=FAREWELL_SECONDS)
+            waiting[contact.site] = next(iter(grid.push_messages([message])), "")
+    until = time.monotonic() + FAREWELL_SECONDS
+    waiting = {site: message_id for site, message_id in waiting.items() if message_id}
+    while waiting and time.monotonic() < until:
+        for site, message_id in list(waiting.items()):
+            if list(grid.pull_messages([message_id])):
+                del waiting[site]
+        time.sleep(0.1)
+    for site in waiting:
+        LOG.warning(f"{site} did not confirm that it heard of the end")
+
+
+def _write_results(run: RunFolder) -> Verdict:
+    with History(run.history) as history:
+        judged = verdict(history)
+        write_text_atomically(run.path / "results.json", results_json(history))
+    return judged
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """SIGTERM and Ctrl-C end the block by `Stopped`; what is recorded stays."""
+
+    def stop(*_: Any) -> None:
+        raise Stopped("stopped; the same command continues after the last complete round.")
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
