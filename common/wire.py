@@ -2,7 +2,7 @@
 
 The change of a tensor, d = w - w0, is multiplied by a power of two that brings its largest magnitude
 to between 2^14 and 2^15, rounded to fp16 (11 significant bits) and added to w0 by the receiver in
-fp32. So the error of a received weight is at most 2^-11 of its own change, or 2^-40 of the largest
+fp32. So the error of a received weight is at most 2^-11 of its own change, or 2^-39 of the largest
 change in its tensor where that is more, and the fp32 rounding of the sum. Integer tensors travel
 whole. Nothing is compressed further, and bytes from outside are never unpickled.
 """
@@ -61,7 +61,7 @@ def decode(data: bytes, base: Mapping[str, torch.Tensor] | None = None) -> Weigh
     """
     about = _about(data)
     try:
-        tensors = safetensors.torch.load(data)
+        tensors = dict(sorted(safetensors.torch.load(data).items()))  # it has no order of its own
     except Exception as error:  # from outside: whatever is wrong with them, say so
         raise BadWeights(f"the weights cannot be decoded ({type(error).__name__}).") from error
     encoding = about.get("encoding")
@@ -74,10 +74,15 @@ def decode(data: bytes, base: Mapping[str, torch.Tensor] | None = None) -> Weigh
     scales = _scales(about)
     return {
         name: _restored(tensor, base[name], scales[name])
-        if name in scales and name in base and tensor.shape == base[name].shape
+        if name in scales and name in base and _fits(tensor, base[name])
         else tensor
         for name, tensor in tensors.items()
     }
+
+
+def _fits(change: torch.Tensor, base: torch.Tensor) -> bool:
+    half = change.dtype == torch.float16 and base.is_floating_point()
+    return half and change.shape == base.shape
 
 
 def _restored(change: torch.Tensor, base: torch.Tensor, scale: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import app
@@ -20,6 +20,7 @@ from client.site import write_site
 from common.config import FederationConfig
 from common.config_file import dump_config
 from common.messages import (
+    BadMessage,
     EvaluateTask,
     TrainTask,
     pack_evaluate_task,
@@ -27,9 +28,11 @@ from common.messages import (
     unpack_site_card,
     unpack_site_report,
     unpack_site_update,
+    weight_bytes,
 )
 from common.model import initial_weights
 from common.weights import Weights
+from common.wire import encode_change
 from sites.cache import Preparation, load_entry
 from sites.finding import Finding
 
@@ -59,12 +62,16 @@ def config(tiny_config: Callable[..., FederationConfig]) -> FederationConfig:
 @pytest.fixture
 def site(prepared: Preparation, config: FederationConfig, tmp_path: Path) -> Path:
     """A site's folder with three training and two held-out subjects, which a test may spoil."""
+    return site_in(tmp_path, prepared, config)
+
+
+def site_in(folder: Path, prepared: Preparation, config: FederationConfig) -> Path:
     ready = [
-        load_entry(Path(shutil.copytree(entry.folder, tmp_path / "cache" / entry.folder.name)))
+        load_entry(Path(shutil.copytree(entry.folder, folder / "cache" / entry.folder.name)))
         for entry in prepared.ready[:5]
     ]
     write_site(
-        tmp_path / "site-01",
+        folder / "site-01",
         name="site-01",
         trains=True,
         config_text=dump_config(config),
@@ -72,7 +79,7 @@ def site(prepared: Preparation, config: FederationConfig, tmp_path: Path) -> Pat
         held_out=ready[3:],
         findings=[Finding("site-01", f"{SECRET}_999", "", "error", "c", "what", "remedy")],
     )
-    return tmp_path / "site-01"
+    return folder / "site-01"
 
 
 def ask(site: Path, kind: str, content: RecordDict) -> Message:
@@ -118,7 +125,7 @@ def test_the_roll_call_says_how_many_and_not_who(site, config):
 def test_training_answers_with_other_weights_and_no_subject(site, config):
     start = initial_weights(config)
     reply = ask(site, MessageType.TRAIN, train_task(config, start, round=3))
-    update = unpack_site_update(reply.content)
+    update = unpack_site_update(reply.content, since=start)
     assert (update.site, update.round, update.n_training) == ("site-01", 3, 3)
     assert update.seconds > 0
     assert update.samples_per_second == pytest.approx(3 / update.seconds, rel=0.01)
@@ -132,12 +139,57 @@ def test_training_answers_with_other_weights_and_no_subject(site, config):
 
 def test_a_task_is_answered_the_same_whatever_was_asked_before(site, config):
     """The network and the site are kept between messages; neither may carry anything over."""
-    first = unpack_site_update(ask(site, MessageType.TRAIN, train_task(config)).content)
+    start = initial_weights(config)
+    first = unpack_site_update(ask(site, MessageType.TRAIN, train_task(config)).content, start)
     ask(site, MessageType.TRAIN, train_task(config, first.weights, round=2))
     ask(site, MessageType.EVALUATE, evaluate_task(config))
-    again = unpack_site_update(ask(site, MessageType.TRAIN, train_task(config)).content)
+    again = unpack_site_update(ask(site, MessageType.TRAIN, train_task(config)).content, start)
     assert all(torch.equal(first.weights[name], again.weights[name]) for name in first.weights)
     assert first.loss == again.loss
+
+
+def test_an_update_is_the_fp16_change_or_the_whole_weights_as_agreed(
+    prepared, tiny_config, tmp_path
+):
+    contents, updates = {}, {}
+    start = initial_weights(tiny_config())
+    for agreed in ("fp16", "fp32"):
+        config = tiny_config(f"rounds.updates={agreed}")
+        site = site_in(tmp_path / agreed, prepared, config)
+        contents[agreed] = ask(site, MessageType.TRAIN, train_task(config, start)).content
+        updates[agreed] = unpack_site_update(contents[agreed], since=start)
+    assert tiny_config().rounds.updates == "fp16", "by default"
+    with pytest.raises(BadMessage, match="came as a change"):
+        unpack_site_update(contents["fp16"])
+    whole = unpack_site_update(contents["fp32"]).weights
+    assert weight_bytes(contents["fp16"]) < weight_bytes(contents["fp32"])
+    assert updates["fp16"].loss == updates["fp32"].loss, "the same training"
+    same = []
+    for name, exact in whole.items():
+        change = (exact - start[name]).abs()
+        bound = torch.maximum(2.0**-11 * change, 2.0**-39 * change.max()) + 2.0**-23 * exact.abs()
+        assert ((updates["fp16"].weights[name] - exact).abs() <= bound).all(), name
+        same.append(torch.equal(updates["fp16"].weights[name], exact))
+    assert not all(same), "it did travel as fp16"
+
+
+def test_weights_that_cannot_travel_are_an_answer_in_words(site, config, monkeypatch):
+    """Training refuses them before; this is what is said if it should not."""
+    name = next(iter(initial_weights(config)))
+    spoilt = initial_weights(config)
+    spoilt[name] = spoilt[name] * torch.inf
+    monkeypatch.setattr("client.app.weights_of", lambda network: spoilt)
+    reply = ask(site, MessageType.TRAIN, train_task(config))
+    assert reply.error.reason == f"tensor {name} holds values that are not finite."
+
+
+def test_a_task_as_a_change_is_refused(site, config):
+    start = initial_weights(config)
+    content = train_task(config)
+    block = encode_change(start, start)
+    array = Array("uint8", (len(block),), "safetensors", block)
+    content["weights"] = ArrayRecord({"weights": array})
+    assert "came as a change" in ask(site, MessageType.TRAIN, content).error.reason
 
 
 def test_evaluation_sends_means_and_keeps_the_subjects_at_the_site(site, config):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from common.brats import MODALITIES
 from common.config import PRESETS, FederationConfig
 from common.config_file import ConfigError, dump_config, load_config
+from tests.common.conftest import every_change
 
 
 def load(folder: Path, text: str | bytes, **more: Any) -> FederationConfig:
@@ -34,6 +35,7 @@ def refusal(folder: Path, text: str | bytes, **more: Any) -> str:
         ("network: {chanels: [8]}", "network.chanels", "channels"),
         ("split: {merge_hospital: true}", "split.merge_hospital", "merge_hospitals"),
         ("rounds: {minimum_sites: 2}", "rounds.minimum_sites", "min_sites"),
+        ("server: {adress: a}", "server.adress", "address"),
     ],
 )
 def test_unknown_key_is_refused_with_the_nearest_name(tmp_path, text, written, meant):
@@ -85,6 +87,18 @@ def test_learning_rate_however_it_is_written(tmp_path, text, expected):
         ("training: 5", "training"),
         ("split: {by: csv}", "split"),
         ("split: {by: iid}", "split"),
+        ("rounds: {updates: fp8}", "rounds.updates"),
+        ("rounds: {max_change: 0}", "rounds.max_change"),
+        ("rounds: {max_change: .inf}", "rounds.max_change"),
+        ("rounds: {deadline_minutes: 0}", "rounds.deadline_minutes"),
+        ("server: {port: 0}", "server.port"),
+        ("server: {port: 65536}", "server.port"),
+        ("server: {address: 'https://host'}", "server.address"),
+        ("server: {address: ''}", "server.address"),
+        ("server: {address: 'a b'}", "server.address"),
+        ("server: {wait_minutes: 0}", "server.wait_minutes"),
+        ("server: {return_minutes: -1}", "server.return_minutes"),
+        ("server: {attempts: 0}", "server.attempts"),
     ],
 )
 def test_values_that_cannot_be_used_are_named(tmp_path, text, key):
@@ -229,50 +243,27 @@ def test_split_file_still_means_the_same_in_a_copy_of_the_configuration(tmp_path
     assert load(tmp_path / "run", dump_config(config)) == config
 
 
-def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found = {}
-    for key, value in values.items():
-        below = leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else None
-        found |= below if below else {f"{prefix}{key}": value}
-    return found
-
-
-OTHER = {
-    "name": "other",
-    "preset": "reference",
-    "modalities": ["t2"],
-    "label_coding": "msd",
-    "on_bad_subject": "skip",
-    "preprocess.mode": "resample",
-    "preprocess.normalise": "minmax",
-    "network.name": "dynunet",
-    "network.norm": "batch",
-    "training.precision": "fp32",
-}
-
-
-def test_fingerprint_covers_every_agreed_value_and_nothing_of_the_split():
+def test_fingerprint_covers_every_agreed_value_and_nothing_of_the_split_or_the_server():
     config = load_config()
-    for key, value in leaves(config.model_dump(mode="json")).items():
-        if key in OTHER:
-            other = OTHER[key]
-        elif isinstance(value, bool):
-            other = not value
-        elif value is None:
-            other = 3
-        elif isinstance(value, int):
-            other = value + 1
-        elif isinstance(value, float):
-            other = value / 2
-        else:
-            other = [entry * 2 for entry in value]
-        if key.startswith("split."):
-            continue
-        changed = load_config(assign=[f"{key}={yaml.safe_dump(other, default_flow_style=True)}"])
+    seen = set()
+    for key, changed in every_change(config):
+        section = key.split(".")[0]
+        seen.add(section)
         assert changed != config, key
-        assert changed.fingerprint() != config.fingerprint(), key
+        same = changed.fingerprint() == config.fingerprint()
+        assert same == (section == "server"), key
+    assert seen >= {"server", "rounds", "training", "network", "loss", "preprocess", "seed"}
     for split in ("by=folders", "min_subjects=3", "hold_out=[a]", "file=x.csv"):
         assert load_config(assign=[f"split.{split}"]).fingerprint() == config.fingerprint()
+
+
+def test_what_is_agreed_is_all_but_the_split_and_the_server():
+    config = load_config()
+    everything = config.model_dump(mode="json")
+    assert config.agreed() == {k: v for k, v in everything.items() if k not in ("split", "server")}
+    assert everything.keys() - config.agreed().keys() == {"split", "server"}
+    assert config.agreed()["rounds"]["updates"] == "fp16"
+    json.dumps(config.agreed(), allow_nan=False)
 
 
 def test_fingerprint_is_of_values_and_not_of_how_they_are_written(tmp_path):

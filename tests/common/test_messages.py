@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
 from common.messages import (
@@ -31,8 +30,11 @@ from common.messages import (
     unpack_site_report,
     unpack_site_update,
     unpack_train_task,
+    weight_bytes,
 )
 from common.metrics import SiteMetrics
+from common.weights import BadWeights
+from common.wire import encode, encode_change
 
 WEIGHTS = {
     "conv.weight": torch.randn(4, 2, 3, 3, 3).to(memory_format=torch.channels_last_3d),
@@ -74,7 +76,7 @@ def plain(message: Any) -> Any:
     weights = values.pop("weights", {})
     values["tensors"] = {
         name: (tensor.dtype, tuple(tensor.shape), tensor.contiguous().numpy().tobytes())
-        for name, tensor in weights.items()
+        for name, tensor in sorted(weights.items())
     }
     return repr(values)
 
@@ -127,47 +129,108 @@ def test_values_of_another_type_are_named(message, pack, unpack):
                 unpack(content)
 
 
-def saved(**arrays: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    return buffer.getvalue()
+def with_block(content: RecordDict, data: bytes, stype: str = "safetensors") -> RecordDict:
+    content["weights"] = ArrayRecord({"weights": Array("uint8", (len(data),), stype, data)})
+    return content
 
 
-def pickled() -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    return buffer.getvalue()
+GOOD = encode(WEIGHTS)
+weights_messages = pytest.mark.parametrize(
+    ("message", "pack", "unpack"),
+    [one for one in ALL if hasattr(one[0], "weights")],
+    ids=["TrainTask", "SiteUpdate", "EvaluateTask"],
+)
 
 
-GOOD = Array(np.zeros(2, np.float32)).data
+@weights_messages
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "not a safetensors block"),
+        (b"junk", "not a safetensors block"),
+        (GOOD[:20], "not a safetensors block"),
+        (GOOD[:-3], "cannot be decoded"),
+        (GOOD + b"more", "cannot be decoded"),
+        (GOOD.replace(b'"dtype":"I64"', b'"dtype":"I46"'), "cannot be decoded"),
+        (GOOD.replace(b"[3]", b"[9]"), "cannot be decoded"),
+        (GOOD.replace(b'"fp32"', b'"fp23"'), "unknown encoding 'fp23'"),
+        (b"\x80\x04K\x01." + bytes(20), "not a safetensors block"),  # a pickle
+    ],
+    ids=range(9),
+)
+def test_blocks_that_cannot_be_decoded_are_named(message, pack, unpack, data, said):
+    with pytest.raises(BadMessage, match=said):
+        unpack(with_block(pack(message), data))
+    with pytest.raises(BadMessage, match=said):
+        unpack(over_the_wire(with_block(pack(message), data)))
+
+
+@weights_messages
+def test_weights_in_flowers_own_form_are_refused_unread(message, pack, unpack):
+    """Flower's arrays are numpy files, and of those some are pickles."""
+    content = pack(message)
+    content["weights"] = ArrayRecord(torch_state_dict=OrderedDict(WEIGHTS))
+    with pytest.raises(BadMessage, match="no block of weights"):
+        unpack(content)
+    for stype in ("numpy.ndarray", "pickle", "", "SAFETENSORS"):
+        with pytest.raises(BadMessage, match="no block of weights"):
+            unpack(with_block(pack(message), GOOD, stype))
+
+
+CHANGED = WEIGHTS | {
+    "conv.weight": WEIGHTS["conv.weight"] + 0.125,
+    "norm.num_batches_tracked": torch.tensor(2**40 + 1),
+}
+
+
+def test_an_update_may_travel_as_a_change_since_the_tasks_weights():
+    update = replace(UPDATE, weights=CHANGED)
+    content = over_the_wire(pack_site_update(update, since=WEIGHTS))
+    assert weight_bytes(content) < weight_bytes(pack_site_update(update))
+    received = unpack_site_update(content, since=WEIGHTS)
+    assert plain(replace(received, weights={})) == plain(replace(update, weights={}))
+    assert received.weights.keys() == CHANGED.keys()
+    for name, tensor in CHANGED.items():
+        assert received.weights[name].dtype == tensor.dtype
+        torch.testing.assert_close(received.weights[name], tensor, rtol=0, atol=1e-4)
+    with pytest.raises(BadMessage, match="came as a change"):
+        unpack_site_update(content)
+
+
+def test_a_whole_update_is_understood_whatever_was_agreed():
+    received = unpack_site_update(over_the_wire(pack_site_update(UPDATE)), since=CHANGED)
+    assert plain(received) == plain(UPDATE)
 
 
 @pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"junk",
-        GOOD[:-3],
-        GOOD[:20],
-        GOOD.replace(b"(2,)", b"(2000000000000,)"),  # says that it is 8 TB
-        GOOD.replace(b"(2,)", b"(-2,)"),
-        pickled(),
-        saved(a=np.zeros(2)),
-        Array(np.array(["text"])).data,
-        b"\x80\x04K\x01.",  # a pickle without NumPy's header
-    ],
-    ids=range(10),
+    ("message", "pack", "unpack"),
+    [(TRAIN, pack_train_task, unpack_train_task), ALL[4]],
+    ids=["TrainTask", "EvaluateTask"],
 )
-def test_array_bytes_that_cannot_be_decoded_are_named(data):
-    for message, pack, unpack in ((TRAIN, pack_train_task, unpack_train_task), ALL[3]):
-        content = pack(message)
-        content["weights"]["half"] = Array("float32", (2,), "numpy.ndarray", data)
-        with pytest.raises(BadMessage, match="the weights cannot be decoded"):
-            unpack(content)
+def test_a_task_never_comes_as_a_change(message, pack, unpack):
+    with pytest.raises(BadMessage, match="came as a change"):
+        unpack(with_block(pack(message), encode_change(CHANGED, WEIGHTS)))
+
+
+def test_a_change_that_is_not_finite_is_not_packed():
+    spoilt = WEIGHTS | {"half": torch.full((3,), torch.nan).half()}
+    with pytest.raises(BadWeights, match="tensor half holds values that are not finite"):
+        pack_site_update(replace(UPDATE, weights=spoilt), since=WEIGHTS)
+
+
+def test_weight_bytes_are_those_that_travel():
+    for pack, message in ((pack_train_task, TRAIN), (pack_site_update, UPDATE)):
+        assert weight_bytes(pack(message)) == len(GOOD)
+    with pytest.raises(BadMessage):
+        weight_bytes(RecordDict())
+
+
+def test_training_on_received_weights_does_not_change_the_message():
+    """In a simulation all sites are handed the same bytes."""
     content = pack_train_task(TRAIN)
-    content["weights"]["half"] = Array("float32", (2,), "pickle", GOOD)
-    with pytest.raises(BadMessage, match="the weights cannot be decoded"):
-        unpack_train_task(content)
+    for tensor in unpack_train_task(content).weights.values():
+        tensor.zero_()
+    assert plain(unpack_train_task(content)) == plain(TRAIN)
 
 
 @pytest.mark.parametrize(

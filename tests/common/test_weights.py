@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,6 +17,7 @@ from common.weights import (
     check_update,
     file_sha256,
     load_weights,
+    relative_change,
     save_weights,
     weights_of,
 )
@@ -158,3 +161,29 @@ def test_an_update_that_fits_is_accepted_in_any_order():
 
 def test_byte_count_is_what_the_tensors_hold():
     assert byte_count(MODEL) == (6 + 3) * 4 + 8
+
+
+def test_relative_change_is_the_norm_of_the_change_over_that_of_the_model():
+    generator = torch.Generator().manual_seed(5)
+    shapes = {"a": (3, 4), "b": (5,), "c": (), "none": (0, 2)}
+    model = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    update = {name: t + torch.randn(t.shape, generator=generator) for name, t in model.items()}
+    counters = {"n": torch.tensor(1)}, {"n": torch.tensor(10**9)}
+    flat = [np.concatenate([w[name].numpy().ravel() for name in shapes]) for w in (model, update)]
+    before, after = (values.astype(np.float64) for values in flat)
+    expected = np.linalg.norm(after - before) / np.linalg.norm(before)
+    assert relative_change(update | counters[1], model | counters[0]) == pytest.approx(expected)
+    assert relative_change(model, model) == 0
+    assert relative_change({n: 3 * t for n, t in model.items()}, model) == pytest.approx(2)
+
+
+def test_relative_change_where_a_norm_is_nothing_or_huge():
+    zero, one = {"a": torch.zeros(3)}, {"a": torch.ones(3)}
+    assert relative_change(zero, zero) == 0
+    assert relative_change(one, zero) == math.inf
+    assert relative_change({}, {}) == 0
+    huge = {"a": torch.full((3,), torch.finfo(torch.float32).max)}
+    assert relative_change(huge, one) == pytest.approx(3.4028235e38, rel=1e-6)
+    assert relative_change(huge, {"a": -huge["a"]}) == pytest.approx(2)
+    tiny = {"a": torch.full((3,), 1e-40)}
+    assert relative_change({"a": 2 * tiny["a"]}, tiny) == pytest.approx(1)

@@ -36,13 +36,19 @@ from common.seeds import derive_seed
 from common.weights import Weights
 from server.checkpoint import RunFolder
 from server.history import History, RoundRecord
+from server.roll_call import Roll
 from server.rounds import run_rounds
 from simulation.grid import run_in_process
 
 QUERY, TRAIN, EVALUATE, FINAL = "query", "train", "evaluate", "final"
 Spoil = Callable[[Any], Any]
-NETWORK = ("network.name=residual_unet", "network.channels=[2, 4]", "network.norm=batch")
-PACK = {QUERY: pack_site_card, TRAIN: pack_site_update, EVALUATE: pack_site_report}
+Pack = Callable[[Any], RecordDict]
+FIXED = (
+    "network.name=residual_unet",
+    "network.channels=[2, 4]",
+    "network.norm=batch",
+    "rounds.updates=fp32",  # so that results are known exactly; some tests take fp16
+)
 
 
 def trained(weights: Weights, site: str, round_: int, rate: float) -> Weights:
@@ -88,8 +94,15 @@ class Federation:
         on_round: Callable[[RoundRecord], None] = lambda record: None,
         *,
         nodes: Mapping[int, str] | None = None,
+        attend: Callable[[History, int], Roll] | None = None,
+        attempts: int = 1,
     ) -> None:
-        self.serve(lambda grid: run_rounds(grid, self.config, self.folder, on_round), nodes=nodes)
+        self.serve(
+            lambda grid: run_rounds(
+                grid, self.config, self.folder, on_round, attend=attend, attempts=attempts
+            ),
+            nodes=nodes,
+        )
 
     def serve(
         self, serve: Callable[[Grid], object], *, nodes: Mapping[int, str] | None = None
@@ -114,7 +127,7 @@ class Federation:
 
     def _query(self, message: Message, context: Context) -> Message:
         site = str(context.node_config["site-folder"])
-        return self._reply(message, QUERY, site, 0, self.sites[site])
+        return self._reply(message, QUERY, site, 0, self.sites[site], pack_site_card)
 
     def _train(self, message: Message, context: Context) -> Message:
         site = str(context.node_config["site-folder"])
@@ -124,7 +137,10 @@ class Federation:
         weights = trained(task.weights, site, task.round, task.learning_rate)
         n = self.sites[site].n_training
         update = SiteUpdate(site, task.round, n, 0.25, 1.5, n / 1.5, weights)
-        return self._reply(message, TRAIN, site, task.round, update)
+        since = task.weights if self.config.rounds.updates == "fp16" else None
+        return self._reply(
+            message, TRAIN, site, task.round, update, lambda u: pack_site_update(u, since)
+        )
 
     def _evaluate(self, message: Message, context: Context) -> Message:
         site = str(context.node_config["site-folder"])
@@ -133,11 +149,12 @@ class Federation:
         kind = FINAL if task.surface_distances else EVALUATE
         n = self.sites[site].n_held_out
         metrics = measured(task.weights, site, n, final=task.surface_distances)
-        return self._reply(
-            message, kind, site, task.round, SiteReport(site, task.round, 0.5, metrics)
-        )
+        report = SiteReport(site, task.round, 0.5, metrics)
+        return self._reply(message, kind, site, task.round, report, pack_site_report)
 
-    def _reply(self, message: Message, kind: str, site: str, round_: int, answer: Any) -> Message:
+    def _reply(
+        self, message: Message, kind: str, site: str, round_: int, answer: Any, pack: Pack
+    ) -> Message:
         self.asked.append((kind, site, round_))
         spoilt = self.spoil.get((kind, site, round_), lambda good: good)(answer)
         if isinstance(spoilt, str):
@@ -145,7 +162,7 @@ class Federation:
         if isinstance(spoilt, Error):
             return Message(spoilt, reply_to=message)
         if not isinstance(spoilt, RecordDict):
-            spoilt = PACK[EVALUATE if kind == FINAL else kind](spoilt)
+            spoilt = pack(spoilt)
         return Message(spoilt, reply_to=message)
 
 
@@ -154,7 +171,7 @@ def federation(tmp_path, tiny_config) -> Callable[..., Federation]:
     """A function: further `section.key=value` texts -> a federation of three sites, a, b and c."""
 
     def make(*assign: str, folder: str = "run", sites: Mapping[str, SiteCard] | None = None):
-        config = tiny_config(*NETWORK, *assign)
+        config = tiny_config(*FIXED, *assign)
         path = tmp_path / folder
         path.mkdir(exist_ok=True)
         if sites is None:

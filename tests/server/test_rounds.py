@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, RecordDict
+from flwr.app import Array, ArrayRecord, RecordDict
 from flwr.app.error import Error
 
 from common.messages import SiteReport, SiteUpdate, pack_site_update
 from common.metrics import SiteMetrics, mean_dice
 from common.model import initial_weights
 from common.weights import BadWeights, Weights, load_weights
+from common.wire import encode, encode_change
 from server.checkpoint import load_checkpoint
 from server.history import History
-from server.roll_call import FederationFailed
+from server.roll_call import FederationFailed, Roll
 from server.tables import verdict
 from tests.server.conftest import EVALUATE, FINAL, TRAIN, measured, trained
 
@@ -78,9 +79,7 @@ def test_rounds_are_fedavg_and_all_of_it_is_recorded(federation):
         record = f.rounds()[number - 1]
         assert [c.site for c in record.contributions] == ["a", "bb", "ccc"]
         assert all(c.trained and c.train_loss == 0.25 for c in record.contributions)
-        assert record.contributions[0].bytes == sum(
-            t.numel() * t.element_size() for t in weights.values()
-        )
+        assert {c.bytes for c in record.contributions} == {len(encode(weights))}
         for site, n in {"a": 2, "bb": 1, "ccc": 4}.items():
             assert record.metrics[site].means == measured(weights, site, n, final=False).means
         losses = [(m.means["loss"], m.n) for m in record.metrics.values()]
@@ -123,15 +122,25 @@ def test_the_order_of_nodes_does_not_matter(federation):
 
 
 def with_first(update: SiteUpdate, change: Callable[[torch.Tensor], torch.Tensor]) -> SiteUpdate:
-    name = next(iter(update.weights))
+    name = min(name for name, t in update.weights.items() if t.is_floating_point())
     return replace(update, weights={**update.weights, name: change(update.weights[name])})
 
 
-def garbled(update: SiteUpdate) -> RecordDict:
+def with_block(update: SiteUpdate, block: bytes) -> RecordDict:
+    """An update whose weights are these bytes."""
     content = pack_site_update(update)
-    name = next(iter(content["weights"]))
-    content["weights"][name] = Array("float32", (2,), "numpy.ndarray", b"\x93NUMPY garbage")
+    content["weights"] = ArrayRecord({"weights": Array("uint8", (9,), "safetensors", block)})
     return content
+
+
+def garbled(update: SiteUpdate) -> RecordDict:
+    return with_block(update, encode(update.weights)[:-9])
+
+
+def changed_by(update: SiteUpdate, factor: float) -> SiteUpdate:
+    """Far away from what it was, all values finite."""
+    weights = {n: t * factor if t.is_floating_point() else t for n, t in update.weights.items()}
+    return replace(update, weights=weights)
 
 
 BAD_UPDATES: dict[str, tuple[Callable[[SiteUpdate], Any], str]] = {
@@ -150,6 +159,8 @@ BAD_UPDATES: dict[str, tuple[Callable[[SiteUpdate], Any], str]] = {
     "infinite time": (lambda u: replace(u, seconds=math.inf), "time"),
     "empty": (lambda u: RecordDict(), "no ConfigRecord"),
     "garbled": (garbled, "cannot be decoded"),
+    "huge": (lambda u: changed_by(u, 1e6), "times as large as the model (limit: 100)"),
+    "largest": (lambda u: changed_by(u, 1e37), "times as large as the model (limit: 100)"),
 }
 
 
@@ -305,6 +316,7 @@ def crash(answer: object) -> object:
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("updates", ["fp16", "fp32"])
 @pytest.mark.parametrize(
     ("task", "site", "number"),
     [
@@ -315,10 +327,11 @@ def crash(answer: object) -> object:
         (FINAL, "bb", None),
     ],
 )
-def test_a_restart_ends_as_if_nothing_had_happened(federation, task, site, number):
-    whole = federation("rounds.number=4", folder="whole")
+def test_a_restart_ends_as_if_nothing_had_happened(federation, task, site, number, updates):
+    assign = ("rounds.number=4", f"rounds.updates={updates}")
+    whole = federation(*assign, folder="whole")
     whole.run()
-    broken = federation("rounds.number=4", folder="broken")
+    broken = federation(*assign, folder="broken")
     best = in_history(whole, lambda history: history.final())[0]
     broken.spoil[task, site, number or best] = crash
     with pytest.raises(KeyboardInterrupt):
@@ -521,9 +534,10 @@ def test_each_site_is_asked_only_for_what_it_can_do(federation):
     assert "bb" not in in_history(f, verdict).contributed
 
 
-def test_the_server_holds_no_update_while_the_next_site_works(federation):
+@pytest.mark.parametrize("updates", ["fp16", "fp32"])
+def test_the_server_holds_no_update_while_the_next_site_works(federation, updates):
     """Peak memory is flat in the number of sites: no model lies about while another is trained."""
-    f = federation("rounds.number=1")
+    f = federation("rounds.number=1", f"rounds.updates={updates}")
     numbers = {site: replace(f.sites["a"], site=site) for site in "abcd"}
     f.sites = numbers
     shape = max((t.shape for t in initial_weights(f.config).values()), key=math.prod)
@@ -534,7 +548,7 @@ def test_the_server_holds_no_update_while_the_next_site_works(federation):
         tensors = sum(
             type(o) is torch.Tensor and o.shape == shape and o.dtype == torch.float32 for o in found
         )
-        arrays = sum(type(o) is Array and tuple(o.shape) == tuple(shape) for o in found)
+        arrays = sum(type(o) is Array and o.stype == "safetensors" for o in found)
         alive[update.site] = (tensors, arrays)
         return update
 
@@ -552,3 +566,415 @@ def test_mean_dice_of_a_record_is_that_of_its_sites(federation):
     dices = [mean_dice(metrics) for metrics in record.metrics.values()]
     assert record.mean_dice == pytest.approx(sum(dices) / 3)
     assert record.worst[1] == min(dices)
+
+
+# ------------------------------------------------------------------------------ updates as a change
+
+
+def test_updates_as_fp16_change_are_averaged_within_the_documented_error(federation):
+    """Round by round from the recorded weights, by a float64 mean of the exact updates."""
+    f = federation("rounds.updates=fp16")
+    after: list[Weights] = []
+    f.run(lambda record: after.append(load_round(f, record)))
+    total = sum(card.n_training for card in f.sites.values())
+    before = initial_weights(f.config)
+    differs = False
+    for number, weights in enumerate(after, start=1):
+        rate = f.rates[number]
+        for name, since in before.items():
+            exact = np.zeros(since.shape)
+            bound = np.zeros(since.shape)
+            for card in f.sites.values():
+                update = trained(before, card.site, number, rate)[name].double().numpy()
+                change = np.abs(update - since.double().numpy())
+                share = card.n_training / total
+                exact += share * update
+                error = np.maximum(2.0**-11 * change, 2.0**-39 * change.max(initial=0))
+                bound += share * (error + 2.0**-24 * (np.abs(update) + error))
+            got = weights[name].double().numpy()
+            if not since.is_floating_point():
+                np.testing.assert_array_equal(got, np.round(exact), err_msg=name)
+                continue
+            bound += 2.0**-24 * np.abs(got)  # the mean is kept in fp32
+            assert (np.abs(got - exact) <= bound).all(), name
+            differs = differs or bool((np.abs(got - exact) > 2.0**-22 * np.abs(got)).any())
+        before = weights
+    assert differs, "they did travel as fp16"
+
+
+def test_fp16_gives_nearly_the_same_model_and_metrics_with_fewer_bytes(federation):
+    runs = {}
+    for updates in ("fp16", "fp32"):
+        f = federation(f"rounds.updates={updates}", "rounds.number=1", folder=updates)
+        f.run()
+        runs[updates] = (f.rounds()[0], load_round(f, f.rounds()[0]), initial_weights(f.config))
+    half, weights, start = runs["fp16"]
+    full, expected, _ = runs["fp32"]
+    for name, tensor in expected.items():
+        change = (tensor - start[name]).abs().max()
+        np.testing.assert_allclose(weights[name], tensor, rtol=0, atol=2e-3 * change, err_msg=name)
+    assert half.sha256 != full.sha256
+    assert half.mean_dice == pytest.approx(full.mean_dice, abs=0.05)
+    values = sum(4 * t.numel() for t in expected.values() if t.is_floating_point())
+    for c16, c32 in zip(half.contributions, full.contributions, strict=True):
+        names = 40 * len(expected)  # a change names each scale
+        assert values / 2 - names <= c32.bytes - c16.bytes <= values / 2
+
+
+def as_change(kind: str, since: Weights) -> Callable[[SiteUpdate], RecordDict]:
+    def spoil(update: SiteUpdate) -> RecordDict:
+        weights, base = update.weights, since
+        name = min(n for n, t in weights.items() if t.is_floating_point() and len(t.shape) > 1)
+        if kind == "shape":
+            weights = weights | {name: weights[name][:1]}
+            base = base | {name: base[name][:1]}
+        if kind == "of another base":
+            base = {n: t * 1e9 if t.is_floating_point() else t for n, t in base.items()}
+        block = encode_change(weights, base)
+        if kind == "garbled":
+            block = block[:-1]
+        if kind == "no scales":
+            block = block.replace(b'"scales"', b'"scalez"')
+        if kind == "NaN":
+            block = block[:-2] + np.float16(np.nan).tobytes()
+        return with_block(update, block)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("NaN", "not finite"),
+        ("of another base", "times as large as the model"),
+        ("garbled", "cannot be decoded"),
+        ("no scales", "without its scales"),
+        ("shape", "expected torch.float32"),
+    ],
+)
+def test_a_bad_change_is_refused_and_the_others_go_on(federation, kind, said):
+    f = federation("rounds.updates=fp16", "rounds.min_sites=2", "rounds.number=1")
+    f.spoil[TRAIN, "bb", 1] = as_change(kind, initial_weights(f.config))
+    f.run()
+    judged = in_history(f, verdict)
+    assert judged.contributed == {"a": (1,), "bb": (), "ccc": (1,)}
+    ((number, site, reason),) = judged.absent
+    assert (number, site) == (1, "bb")
+    assert said in reason
+
+
+@pytest.mark.parametrize("updates", ["fp16", "fp32"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_update_is_understood_in_either_form(federation, updates, whole):
+    """What was agreed tells the site what to send; the server reads what the block says it is."""
+    f = federation(f"rounds.updates={updates}", "rounds.number=1")
+    start = initial_weights(f.config)
+    f.spoil[TRAIN, "bb", 1] = lambda u: pack_site_update(u, None if whole else start)
+    f.run()
+    (exact,) = expected_rounds(f, 1)
+    for name, tensor in load_round(f, f.rounds()[0]).items():
+        np.testing.assert_allclose(tensor, exact[name], rtol=0, atol=1e-4, err_msg=name)
+
+
+# ---------------------------------------------------------------------------- how large a change is
+
+
+@pytest.mark.parametrize("updates", ["fp16", "fp32"])
+@pytest.mark.parametrize(("factor", "averaged"), [(1.49, True), (1.51, False), (-0.6, False)])
+def test_the_largest_change_that_is_averaged(federation, updates, factor, averaged):
+    """The site returns the round's model times `factor`: a change of |factor - 1| models."""
+    f = federation(
+        "rounds.max_change=0.5", "rounds.min_sites=2", "rounds.number=1",
+        f"rounds.updates={updates}", "training.learning_rate=0.001",
+    )  # fmt: skip
+    start = initial_weights(f.config)
+    f.spoil[TRAIN, "bb", 1] = lambda u: changed_by(replace(u, weights=start), factor)
+    f.run()
+    (record,) = f.rounds()
+    (contribution,) = (c for c in record.contributions if c.site == "bb")
+    assert contribution.trained == averaged
+    absent = frozenset() if averaged else frozenset({("bb", 1)})
+    if not averaged:
+        assert f"its change is {abs(factor - 1):.2g}" in contribution.reason
+        assert "as large as the model (limit: 0.5)." in contribution.reason
+        (exact,) = expected_rounds(f, 1, absent)
+        for name, tensor in load_round(f, record).items():
+            np.testing.assert_allclose(tensor, exact[name], rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_a_change_that_is_too_large_fails_the_round_by_default(federation):
+    f = federation("rounds.number=1")
+    f.spoil[TRAIN, "bb", 1] = lambda u: changed_by(u, 1e6)
+    with pytest.raises(FederationFailed, match=r"bb: its change is [0-9.]+e\+06 times as large"):
+        f.run()
+    assert f.rounds() == []
+
+
+# ------------------------------------------------------------------------------------ once more
+
+
+def failing(times: int) -> Callable[[Any], Any]:
+    """A site that gives no answer so many times, then its good one."""
+    left = [times]
+
+    def spoil(answer: Any) -> Any:
+        left[0] -= 1
+        return "the line is down" if left[0] >= 0 else answer
+
+    return spoil
+
+
+@pytest.mark.parametrize("stage", [TRAIN, EVALUATE])
+def test_a_round_with_too_few_replies_is_tried_again(federation, stage):
+    whole = federation(folder="whole")
+    whole.run()
+    f = federation()
+    f.spoil[stage, "bb", 2] = failing(1)
+    f.run(attempts=2)
+    assert f.asked.count((stage, "bb", 2)) == 2
+    assert f.asked.count((TRAIN, "a", 2)) == 2, "all of the round is done again"
+    assert f.asked.count((TRAIN, "a", 3)) == 1
+    assert in_history(f, lambda history: history.failures()) == []
+    judged = in_history(f, verdict)
+    assert judged.complete
+    assert judged.everyone
+    assert judged.stopped == ()
+    assert saved_bytes(f) == saved_bytes(whole)
+    assert without_times(f) == without_times(whole)
+
+
+def test_each_round_has_all_its_attempts(federation):
+    f = federation()
+    for number in (1, 2, 3):
+        f.spoil[TRAIN, "ccc", number] = failing(2)
+    f.run(attempts=3)
+    assert [f.asked.count((TRAIN, "ccc", number)) for number in (1, 2, 3)] == [3, 3, 3]
+    assert len(f.rounds()) == 3
+    assert in_history(f, verdict).everyone
+
+
+@pytest.mark.parametrize("attempts", [1, 2, 3])
+def test_with_its_attempts_used_up_the_run_fails_and_goes_on_when_started_again(
+    federation, attempts
+):
+    f = federation()
+    f.spoil[TRAIN, "bb", 2] = failing(attempts)
+    with pytest.raises(FederationFailed, match="Round 2 failed: 2 sites could train, 3 are needed"):
+        f.run(attempts=attempts)
+    assert f.asked.count((TRAIN, "bb", 2)) == attempts
+    assert [record.round for record in f.rounds()] == [1]
+    judged = in_history(f, verdict)
+    assert judged.stopped == ((2, "bb", "the line is down"),)
+    f.run(attempts=attempts)
+    assert in_history(f, verdict).stopped == ()
+    assert len(f.rounds()) == 3
+
+
+def test_the_final_evaluation_is_tried_again_too(federation):
+    f = federation()
+    for number in (1, 2, 3):
+        f.spoil[FINAL, "a", number] = failing(1)
+    f.run(attempts=2)
+    judged = in_history(f, verdict)
+    assert judged.complete
+    assert judged.everyone
+    assert in_history(f, lambda history: history.failures()) == []
+    final = [(kind, site) for kind, site, _ in f.asked if kind == FINAL]
+    assert final == [(FINAL, "a"), (FINAL, "bb"), (FINAL, "ccc")] * 2
+    g = federation(folder="used up")
+    for number in (1, 2, 3):
+        g.spoil[FINAL, "a", number] = failing(2)
+    with pytest.raises(FederationFailed, match="a: the line is down"):
+        g.run(attempts=2)
+    assert not in_history(g, verdict).complete
+
+
+# ------------------------------------------------------------------- who takes part in which round
+
+FINALLY = 0  # the number under which a test says who is away when the chosen model is measured
+
+
+def attendance(
+    f, away: Mapping[int, Mapping[str, str]], calls: list[int] | None = None
+) -> Callable[[History, int], Roll]:
+    """All sites, but in each round without those that are away; a reason of "" is: not yet there.
+
+    A round's entry under a negative number holds for its first attempt only.
+    """
+    nodes = {site: node for node, site in enumerate(f.sites, start=1)}
+    tried: set[int] = set()
+
+    def attend(history: History, number: int) -> Roll:
+        if calls is not None:
+            calls.append(number)
+        round_ = FINALLY if len(history.rounds()) >= f.config.rounds.number else number
+        missing = away.get(round_, {}) if -round_ in tried else away.get(-round_, {})
+        missing = missing or away.get(round_, {})
+        tried.add(-round_)
+        cards = {site: card for site, card in f.sites.items() if site not in missing}
+        known = {card.site: card for card in history.sites()} | cards
+        history.record_sites([known[site] for site in sorted(known)])
+        absent = {site: why for site, why in missing.items() if why}
+        return Roll(cards, {site: nodes[site] for site in cards}, absent)
+
+    return attend
+
+
+def test_who_takes_part_is_asked_before_every_round_and_at_the_end(federation):
+    f = federation()
+    calls: list[int] = []
+    f.run(attend=attendance(f, {}, calls))
+    final = in_history(f, lambda history: history.final())[0]
+    assert calls == [1, 2, 3, final]
+    assert not [kind for kind, _, _ in f.asked if kind == "query"], "asking is the caller's affair"
+    assert in_history(f, verdict).everyone
+
+
+def test_the_same_roll_each_time_is_the_run_without_one(federation):
+    plain = federation(folder="plain")
+    plain.run()
+    f = federation()
+    f.run(attend=attendance(f, {}))
+    assert saved_bytes(f) == saved_bytes(plain)
+    assert without_times(f) == without_times(plain)
+
+
+def test_a_late_joiner_contributes_from_its_round_on(federation):
+    f = federation("rounds.number=4")
+    later = {"bb": ""}
+    after: list[Weights] = []
+    f.run(
+        lambda record: after.append(load_round(f, record)),
+        attend=attendance(f, {1: later, 2: later}),
+    )
+    assert [(s, n) for kind, s, n in f.asked if kind == TRAIN and s == "bb"] == [
+        ("bb", 3),
+        ("bb", 4),
+    ]
+    exact = expected_rounds(f, 4, frozenset({("bb", 1), ("bb", 2)}))
+    for weights, expected in zip(after, exact, strict=True):
+        for name, tensor in expected.items():
+            np.testing.assert_allclose(weights[name], tensor, rtol=0, atol=1e-5, err_msg=name)
+    records = f.rounds()
+    assert [[c.site for c in r.contributions] for r in records] == [["a", "ccc"]] * 2 + [
+        ["a", "bb", "ccc"]
+    ] * 2
+    assert [sorted(r.metrics) for r in records] == [["a", "ccc"]] * 2 + [["a", "bb", "ccc"]] * 2
+    judged = in_history(f, verdict)
+    assert judged.contributed == {"a": (1, 2, 3, 4), "bb": (3, 4), "ccc": (1, 2, 3, 4)}
+    assert judged.everyone, "before it joined nobody missed it"
+    _, about = load_weights(f.folder.model)
+    assert about["sites"] == ["a", "bb", "ccc"]
+    assert about["round"] >= 3, "measured at all sites"
+
+
+def test_an_absent_site_is_told_with_its_reason(federation):
+    f = federation("rounds.min_sites=2", "rounds.number=3")
+    why = "not connected for 5 minutes."
+    f.run(attend=attendance(f, {2: {"bb": why}}))
+    second = f.rounds()[1]
+    assert [(c.site, c.trained, c.reason) for c in second.contributions] == [
+        ("a", True, ""),
+        ("bb", False, why),
+        ("ccc", True, ""),
+    ]
+    assert ("bb", 2) not in [(site, number) for _, site, number in f.asked]
+    assert sorted(second.metrics) == ["a", "ccc"]
+    judged = in_history(f, verdict)
+    assert judged.contributed == {"a": (1, 2, 3), "bb": (1, 3), "ccc": (1, 2, 3)}
+    assert judged.absent == ((2, "bb", why),)
+    assert not judged.everyone
+    assert f"  Round 2: without bb: {why}" in judged.lines()
+
+
+def test_by_default_nobody_may_be_absent(federation):
+    f = federation()
+    why = "not connected for 5 minutes."
+    with pytest.raises(FederationFailed) as caught:
+        f.run(attend=attendance(f, {2: {"bb": why}}))
+    assert "Round 2 failed: 2 sites could train, 3 are needed" in str(caught.value)
+    assert f"bb: {why}" in str(caught.value)
+    assert [record.round for record in f.rounds()] == [1]
+
+
+def test_an_absent_site_and_a_failing_one_count_together(federation):
+    f = federation("rounds.min_sites=2")
+    f.spoil[TRAIN, "ccc", 2] = lambda update: "the disk is full"
+    with pytest.raises(FederationFailed) as caught:
+        f.run(attend=attendance(f, {2: {"bb": "not connected."}}))
+    assert "1 sites could train, 2 are needed" in str(caught.value)
+    assert "bb: not connected." in str(caught.value)
+    assert "ccc: the disk is full" in str(caught.value)
+
+
+def test_everybody_absent_is_a_failed_round(federation):
+    f = federation("rounds.min_sites=1")
+    with pytest.raises(FederationFailed, match="0 sites could train, 1 are needed"):
+        f.run(attend=attendance(f, {1: dict.fromkeys(f.sites, "not connected.")}))
+
+
+def test_who_is_back_at_the_second_attempt_takes_part_in_it(federation):
+    whole = federation(folder="whole")
+    whole.run()
+    f = federation()
+    f.run(attend=attendance(f, {-2: {"bb": "not connected."}}), attempts=2)
+    assert f.asked.count((TRAIN, "a", 2)) == 2
+    assert in_history(f, verdict).everyone
+    assert saved_bytes(f) == saved_bytes(whole)
+    assert without_times(f) == without_times(whole)
+
+
+def test_a_site_that_is_absent_at_the_end_is_told_or_fails_it(federation):
+    """Else the final metrics would be of fewer sites than trained, and nobody would know."""
+    away = {FINALLY: {"bb": "not connected."}}
+    f = federation("rounds.min_sites=2")
+    f.run(attend=attendance(f, away))
+    judged = in_history(f, verdict)
+    assert judged.complete
+    ((_, site, why),) = judged.absent
+    assert (site, why) == ("bb", "final model not evaluated: not connected.")
+    g = federation(folder="all needed")
+    with pytest.raises(FederationFailed, match=r"2 sites could evaluate, 3 are needed"):
+        g.run(attend=attendance(g, away))
+    g.run(attend=attendance(g, {}), attempts=1)
+    assert in_history(g, verdict).everyone
+
+
+CHANGING = {  # bb joins in round 2, ccc is away in round 4 and a in round 6
+    1: {"bb": ""},
+    4: {"ccc": "not connected."},
+    6: {"a": "not connected."},
+}
+
+
+@pytest.mark.parametrize("updates", ["fp16", "fp32"])
+@pytest.mark.parametrize("stopped", range(1, 10))
+def test_decisions_after_a_restart_are_those_of_an_uninterrupted_run_whoever_was_there(
+    federation, stopped, updates
+):
+    """Rate and end follow from the recorded rounds, not from who happens to be there now."""
+    assign = (
+        "rounds.number=12", "rounds.min_sites=1", "rounds.plateau_patience=1",
+        "rounds.plateau_factor=0.1", "rounds.stop_patience=5", f"rounds.updates={updates}",
+    )  # fmt: skip
+    losses = [0.1, 0.9, 0.95, 0.2, 0.96, 0.3, 0.97, 0.98, 0.99, 1.0, 1.1, 1.2]
+    whole = federation(*assign, folder="whole")
+    scripted_losses(whole, losses)
+    whole.run(attend=attendance(whole, CHANGING))
+    assert len(whole.rounds()) == 9, "the losses of rounds 2, 3, 5 and 7 to 9 count: it ends early"
+    assert len(set(whole.rates.values())) > 2, "the rate does change"
+
+    broken = federation(*assign, folder="broken")
+    scripted_losses(broken, losses)
+    site = next(s for s in broken.sites if s not in CHANGING.get(stopped, {}))
+    good = broken.spoil[EVALUATE, site, stopped]
+    broken.spoil[EVALUATE, site, stopped] = crash
+    with pytest.raises(KeyboardInterrupt):
+        broken.run(attend=attendance(broken, CHANGING))
+    assert len(broken.rounds()) == stopped - 1
+    broken.spoil[EVALUATE, site, stopped] = good
+    broken.run(attend=attendance(broken, CHANGING))
+    assert broken.rates == whole.rates
+    assert without_times(broken) == without_times(whole)
+    assert saved_bytes(broken) == saved_bytes(whole)
+    assert in_history(broken, verdict) == in_history(whole, verdict)

@@ -25,7 +25,7 @@ from client.evaluation import evaluate
 from client.site import load_site
 from common.files import locked
 from common.metrics import summarise
-from common.model import network_for
+from common.model import initial_weights, network_for
 from common.weights import load_weights
 from server.checkpoint import RunFolder
 from simulation.cli import app
@@ -241,6 +241,30 @@ def test_the_order_in_which_sites_connect_makes_no_difference(finished_run, tmp_
     )
     expected = (finished_run.folder / "model.safetensors").read_bytes()
     assert folder.model.read_bytes() == expected
+
+
+def test_updates_as_fp16_change_give_nearly_the_same_model(run, tiny_config, tmp_path):
+    """One round, so that the sites train alike and only the way back differs."""
+    start = initial_weights(tiny_config())
+    models, documents = {}, {}
+    for updates in ("fp16", "fp32"):
+        out = tmp_path / updates
+        assert run("--set", f"rounds.updates={updates}", out=out).exit_code == 0
+        models[updates], _ = load_weights(out / "model.safetensors")
+        documents[updates] = results(out)
+    differ = 0
+    for name, exact in models["fp32"].items():
+        moved = (exact - start[name]).abs().max()
+        error = (models["fp16"][name] - exact).abs().max()
+        assert error <= 1e-2 * moved, name  # sites may cancel each other, hence not 2^-11
+        differ += bool(error > 0)
+    assert differ > len(start) / 2, "they did travel as fp16"
+    half, full = (documents[updates]["rounds"][0] for updates in ("fp16", "fp32"))
+    for a, b in zip(half["contributions"], full["contributions"], strict=True):
+        assert a["train_loss"] == b["train_loss"]
+        assert a["bytes"] < b["bytes"]
+    assert half["loss"] == pytest.approx(full["loss"], abs=1e-3)
+    assert half["mean_dice"] == pytest.approx(full["mean_dice"], abs=0.01)
 
 
 # ------------------------------------------------------------------------------ kill and continue
