@@ -55,6 +55,7 @@ def start(folder: CoordinatorFolder) -> Verdict:
         OSError: the disk is full or not writable.
         Stopped: by SIGTERM or Ctrl-C.
     """
+    logging.getLogger("flwr").setLevel(logging.ERROR)  # its import has made it talkative
     with locked(folder.lock), _stopping():
         stated = terms(folder)
         config = stated.config
