@@ -48,7 +48,7 @@ from common.keys import fingerprint
 
 FLOWER = "1.41.0"
 HEARTBEAT_SECONDS = 10  # the least that Flower allows; twice as long without one is "offline"
-CLOCK_TOLERANCE = 60.0  # seconds; Flower refuses a clock 5 s ahead or 305 s behind
+CLOCK_AHEAD, CLOCK_BEHIND = 4.0, 295.0  # seconds; Flower refuses 5 s ahead or 305 s behind
 LARGEST_OVERHEAD = 2**20  # bytes of a message beside its weights
 MOST_PIECES = 10_000
 Result = TypeVar("Result")
@@ -64,6 +64,10 @@ class Refused(RuntimeError):
 
 class AlreadyConnected(Unreachable):
     """Another client is connected with this key, or was until a moment ago."""
+
+
+class RunOver(RuntimeError):
+    """The message belongs to a run that has ended, as when the coordinator's server was restarted."""
 
 
 class TooLarge(RuntimeError):
@@ -271,10 +275,10 @@ class Connection:
         status = response.status_code
         if status == httpx.codes.UNAUTHORIZED:
             apart = _clocks_apart(response)
-            if abs(apart) > CLOCK_TOLERANCE:
+            if apart < -CLOCK_AHEAD or apart > CLOCK_BEHIND:
                 way = "behind" if apart > 0 else "ahead of"
                 return Refused(
-                    f"{self._address}: this machine's clock is {abs(apart) / 60:.0f} minutes {way} "
+                    f"{self._address}: this machine's clock is {_duration(abs(apart))} {way} "
                     "the coordinator's. Set the clock (NTP) on the one that is wrong."
                 )
             return Refused(
@@ -295,10 +299,6 @@ class Connection:
                 f"{self._address}: this is not a fedbrats server (HTTP {status}); check the address."
             )
         return Unreachable(f"{self._address}: the coordinator has a problem (HTTP {status}).")
-
-
-class RunOver(RuntimeError):
-    """The message belongs to a run that has ended, as when the coordinator's server was restarted."""
 
 
 def _certificate_problem(error: BaseException) -> str:
@@ -334,6 +334,10 @@ def _clocks_apart(response: httpx.Response) -> float:
     except (KeyError, ValueError, TypeError):
         return 0.0
     return (there - datetime.now(UTC)).total_seconds()
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def _plain(error: httpx.TransportError) -> str:

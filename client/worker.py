@@ -105,9 +105,7 @@ def _prepare(folder: Path, name: str) -> dict[str, Any]:
         )
     terms = accepted_terms(hospital)
     assert terms is not None
-    prepared = prepare_hospital(
-        name, settings.data, settings.cache, hospital.state, terms.config
-    )
+    prepared = prepare_hospital(name, settings.data, settings.cache, hospital.state, terms.config)
     # how many bytes of weights a task may hold
     return {**vars(prepared), "model_bytes": len(encode(initial_weights(terms.config)))}
 

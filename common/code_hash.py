@@ -22,7 +22,7 @@ def code_hash(root: Path = ROOT) -> str:
     """
     digest = hashlib.sha256()
     for package in PACKAGES:
-        for path in sorted((root / package).rglob("*")):
+        for path in sorted((root / package).rglob("*"), key=lambda p: p.as_posix()):
             if path.suffix in (".py", ".csv") and path.is_file():
                 name = path.relative_to(root).as_posix()
                 content = path.read_bytes().replace(b"\r\n", b"\n")

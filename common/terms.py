@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,11 +54,14 @@ def terms_from(document: Mapping[str, Any]) -> Terms:
     config = document.get("config")
     if not isinstance(federation, str) or not isinstance(code, str) or not isinstance(config, dict):
         raise BadTerms("the terms lack the federation's id, the code hash or the configuration.")
+    # both are shown to people, so nothing that could draw over a screen
+    if not all(re.fullmatch(r"[0-9a-f]{1,64}", text) for text in (federation, code)):
+        raise BadTerms("the federation's id or the code hash is no hexadecimal number.")
     try:
         return Terms(federation, code, FederationConfig.model_validate(config))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key = "".join(c for c in ".".join(map(str, first["loc"])) if c.isprintable())[:80]
         raise BadTerms(
             f"the configuration cannot be understood by this version ({key}: {first['msg']}); "
             "both sides need the same version of fedbrats."

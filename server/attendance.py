@@ -78,7 +78,7 @@ class Attendance:
             sites = list(self.enrolled())
             self._call(sites)
             roll = self._roll(sites)
-            needed = self.terms.config.rounds.min_sites or len(sites)
+            needed = self.terms.config.rounds.min_sites or len(sites) - roll.only_evaluating
             enough = len(roll.training) >= max(needed, 1) and bool(roll.evaluating)
             now = time.monotonic()
             if enough and not was_enough:

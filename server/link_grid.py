@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, cast
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message, MessageType, RecordDict
 from flwr.app.error import Error
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import HEARTBEAT_PATIENCE, SUPERLINK_NODE_ID, ErrorCode
@@ -36,6 +36,11 @@ from sqlalchemy import select, update
 
 LARGEST_REPLY = 2**31  # bytes of one reply
 MOST_PIECES = 10_000  # objects of one reply
+WORK = {
+    MessageType.QUERY: "answering",
+    MessageType.TRAIN: "training",
+    MessageType.EVALUATE: "evaluating",
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,6 @@ class Contact:
 class _Sent:
     message: Message  # without its content
     site: str
-    returned: bool = False  # the reply has begun to arrive
 
 
 class LinkGrid(Grid):
@@ -88,7 +92,7 @@ class LinkGrid(Grid):
         return found
 
     def doing(self) -> dict[str, str]:
-        """What each site that owes a reply does with its message: `offered`, `working`, `sending`."""
+        """What each site that owes a reply does: called, answering, training, evaluating, sending."""
         with self._state.session() as session:
             rows = session.execute(
                 select(MessageIns.message_id, MessageIns.delivered_at).where(
@@ -106,8 +110,9 @@ class LinkGrid(Grid):
         for message_id, delivered in rows:
             sent = self._sent.get(message_id)
             if sent is not None:
+                work = WORK.get(sent.message.metadata.message_type, "working")
                 state[sent.site] = (
-                    "sending" if message_id in begun else "working" if delivered else "offered"
+                    "sending" if message_id in begun else work if delivered else "called"
                 )
         return state
 

@@ -32,7 +32,6 @@ from server.tables import number, round_table, site_table
 
 LOG = logging.getLogger("fedbrats")
 SECONDS_BETWEEN_LINES = 15.0
-WORDS = {"offered": "called", "working": "working", "sending": "sending"}
 
 
 class Board:
@@ -196,7 +195,7 @@ def _state(contact: Contact | None, doing: str | None) -> str:
         return "never connected"
     if not contact.online:
         return "offline"
-    return WORDS[doing] if doing else "connected"
+    return doing or "connected"
 
 
 def _wait_text(waiting: Waiting) -> str:

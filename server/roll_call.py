@@ -35,6 +35,11 @@ class Roll:
         return [site for site, card in self.cards.items() if card.trains]
 
     @property
+    def only_evaluating(self) -> int:
+        """How many do not train."""
+        return sum(not card.trains for card in self.cards.values())
+
+    @property
     def evaluating(self) -> list[str]:
         return [site for site, card in self.cards.items() if card.n_held_out > 0]
 

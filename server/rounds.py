@@ -36,6 +36,7 @@ from common.model import initial_weights
 from common.weights import BadWeights, Weights, check_update, relative_change, save_weights
 from server.average import WeightedSum, add, mean
 from server.checkpoint import RunFolder, load_checkpoint, prune_checkpoints, save_checkpoint
+from server.comparison import best_rounds, comparable_losses
 from server.exchange import answers
 from server.history import Contribution, History, RoundRecord
 from server.roll_call import FederationFailed, Roll, call_roll, same_run
@@ -82,7 +83,7 @@ def run_rounds(
         else:
             weights = initial_weights(config)
         failed = 0
-        losses = _comparable(done)
+        losses = comparable_losses(done)
         while len(done) < config.rounds.number and not should_stop(losses, config.rounds):
             rate = learning_rate(config.training.learning_rate, losses, config.rounds)
             number = len(done) + 1
@@ -100,27 +101,12 @@ def run_rounds(
             failed = 0
             history.record_round(record)
             done.append(record)
-            losses = _comparable(done)
+            losses = comparable_losses(done)
             best_mean, best_worst = best_rounds(done)
             prune_checkpoints(folder, {number, best_mean.round, best_worst.round})
             on_round(record)
         if history.final() is None:
             _finish(grid, config, folder, present, history, done, attempts)
-
-
-def best_rounds(records: list[RoundRecord]) -> tuple[RoundRecord, RoundRecord]:
-    """The first round with the highest mean Dice over sites, and with the highest worst-site Dice.
-
-    Among the rounds that most sites reported on: one without the worst site would look better.
-    """
-    by_mean = max(records, key=lambda r: (len(r.metrics), r.mean_dice))
-    return by_mean, max(records, key=lambda r: (len(r.metrics), r.worst[1]))
-
-
-def _comparable(records: list[RoundRecord]) -> list[float]:
-    """Validation losses of the rounds that most sites reported on: over other sites they differ anyway."""
-    most = max((len(r.metrics) for r in records), default=0)
-    return [r.loss for r in records if len(r.metrics) == most]
 
 
 @dataclass
@@ -312,7 +298,7 @@ def _enough(
     needed = asked
     if config.rounds.min_sites is not None:
         needed = min(config.rounds.min_sites, asked)
-    if good < needed:
+    if good < max(needed, 1):
         raise _TooFew(number, stage, needed, good, missing)
 
 

@@ -878,7 +878,7 @@ def test_an_absent_site_is_told_with_its_reason(federation):
         ("bb", False, why),
         ("ccc", True, ""),
     ]
-    assert ("bb", 2) not in [(site, number) for _, site, number in f.asked]
+    assert not {(TRAIN, "bb", 2), (EVALUATE, "bb", 2)} & set(f.asked)
     assert sorted(second.metrics) == ["a", "ccc"]
     judged = in_history(f, verdict)
     assert judged.contributed == {"a": (1, 2, 3), "bb": (1, 3), "ccc": (1, 2, 3)}
@@ -957,11 +957,11 @@ def test_decisions_after_a_restart_are_those_of_an_uninterrupted_run_whoever_was
         "rounds.number=12", "rounds.min_sites=1", "rounds.plateau_patience=1",
         "rounds.plateau_factor=0.1", "rounds.stop_patience=5", f"rounds.updates={updates}",
     )  # fmt: skip
-    losses = [0.1, 0.9, 0.95, 0.2, 0.96, 0.3, 0.97, 0.98, 0.99, 1.0, 1.1, 1.2]
+    losses = [1.2, 0.9, 0.95, 0.2, 0.96, 0.3, 0.97, 0.98, 0.99, 1.0, 1.1, 1.2]
     whole = federation(*assign, folder="whole")
     scripted_losses(whole, losses)
     whole.run(attend=attendance(whole, CHANGING))
-    assert len(whole.rounds()) == 9, "the losses of rounds 2, 3, 5 and 7 to 9 count: it ends early"
+    assert len(whole.rounds()) == 9, "round 4, which one site missed, is the best: it ends early"
     assert len(set(whole.rates.values())) > 2, "the rate does change"
 
     broken = federation(*assign, folder="broken")
