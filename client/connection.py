@@ -47,6 +47,8 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from common.keys import fingerprint
 
 FLOWER = "1.41.0"
+TIMEOUT = httpx.Timeout(20.0, connect=10.0)  # seconds, of one step of a request
+LAST_TIMEOUT = httpx.Timeout(3.0)  # when this client is being stopped
 HEARTBEAT_SECONDS = 10  # the least that Flower allows; twice as long without one is "offline"
 CLOCK_AHEAD, CLOCK_BEHIND = 4.0, 295.0  # seconds; Flower refuses 5 s ahead or 305 s behind
 LARGEST_OVERHEAD = 2**20  # bytes of a message beside its weights
@@ -94,6 +96,7 @@ class Connection:
                 NodeAuthHttpInterceptor(private_key, private_key.public_key()),
             ],
         )
+        self._client._client.timeout = TIMEOUT
         self._node: Node | None = None
         self._pieces: dict[str, bytes] = {}  # of the last message: often the next holds the same
         self._heartbeat = threading.Thread(target=self._keep_alive, daemon=True)
@@ -120,9 +123,14 @@ class Connection:
             self._heartbeat = threading.Thread(target=self._keep_alive, daemon=True)
             self._heartbeat.start()
 
+    def hurry(self) -> None:
+        """From now on wait for no step longer than a few seconds."""
+        self._client._client.timeout = LAST_TIMEOUT
+
     def close(self) -> None:
         """Say goodbye, so that nobody waits for this site; never raises."""
         self._closing.set()
+        self.hurry()
         if self._node is not None:
             with contextlib.suppress(Unreachable, Refused):
                 request = DeactivateNodeRequest(node_id=self.node_id)
@@ -236,8 +244,10 @@ class Connection:
     def _piece(self, run_id: int, object_id: str) -> bytes:
         request = PullObjectRequest(node=self._node, run_id=run_id, object_id=object_id)
         response = self._call(self._client.PullObject, request)
-        if not response.object_found or not response.object_available:
-            raise Unreachable(f"{self._address}: a part of the message is not there any more.")
+        if not response.object_found:
+            raise RunOver(f"{self._address}: the message is not offered any more.")
+        if not response.object_available:
+            raise Unreachable(f"{self._address}: a part of the message is not there yet.")
         return cast(bytes, response.object_content)
 
     def _keep_alive(self) -> None:

@@ -72,7 +72,6 @@ class Stopped(RuntimeError):
 class _Task:
     message: Message
     began: float
-    what: str
 
 
 class Membership:
@@ -124,7 +123,7 @@ class Membership:
             self._worker.kill()
         self._display.state("preparing", "checking and preparing the data")
         self._worker = Worker(self._folder.path, self._settings.device)
-        self._worker.order("prepare", name=self._invitation.site)
+        self._worker.order("prepare", name=self._invitation.site, code=code_hash())
         while True:
             self._check_stop()
             event = self._worker.event(0.5)
@@ -157,6 +156,7 @@ class Membership:
                 if verdict is not None:
                     return verdict
         finally:
+            connection.hurry()
             if self._task is not None:  # so that nobody waits for it
                 with contextlib.suppress(Exception):
                     reply = self._error(self._task.message, "the site's client was stopped.")
@@ -214,8 +214,9 @@ class Membership:
         kind = message.metadata.message_type
         if self._worker is None:
             self._worker = Worker(self._folder.path, self._settings.device)
-        self._task = _Task(message, time.monotonic(), kind)
-        self._worker.order("answer", message_to_proto(message).SerializeToString())
+        self._task = _Task(message, time.monotonic())
+        payload = message_to_proto(message).SerializeToString()
+        self._worker.order("answer", payload, code=code_hash())
         round_ = _round(message)
         if round_ is not None:
             words = {MessageType.TRAIN: "training", MessageType.EVALUATE: "evaluating"}[kind]

@@ -24,7 +24,7 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="This hospital's fol
 Accept = Annotated[
     str, typer.Option("--accept", metavar="HASH", help="Say yes to the terms of this hash.")
 ]
-STOP_SECONDS = 20.0
+STOP_SECONDS = 40.0  # a request in progress may take half of it to give up
 
 
 def join(

@@ -49,6 +49,7 @@ def main() -> None:
     while True:
         order, payload = orders.get()
         try:
+            _require_same_code(order["code"])
             if order["do"] == "prepare":
                 say("prepared", **_prepare(folder, order["name"]))
             else:
@@ -134,6 +135,21 @@ def _answer(folder: Path, payload: bytes) -> bytes:
     return bytes(message_to_proto(app(message, context)).SerializeToString())
 
 
+def _require_same_code(parents: str) -> None:
+    """The parent compares its own code with the federation's; the files may have changed since."""
+    from common.code_hash import code_hash
+
+    if code_hash() != parents:
+        raise CodeChanged(
+            "the installed package was changed while the client ran; stop `fed-client join` and "
+            "start it again."
+        )
+
+
+class CodeChanged(RuntimeError):
+    """This process has loaded other code than its parent."""
+
+
 class NoDevice(RuntimeError):
     """The device that the site asks for is not there."""
 
@@ -146,7 +162,8 @@ def _explain(error: Exception) -> tuple[str, list[dict[str, str]]]:
     from sites.institutions import SplitError
 
     findings = [finding.as_dict() for finding in getattr(error, "findings", ())]
-    if isinstance(error, (UnusableData, CacheError, SplitError, ConfigError, NoDevice)):
+    foreseen = (UnusableData, CacheError, SplitError, ConfigError, NoDevice, CodeChanged)
+    if isinstance(error, foreseen):
         return str(error), findings
     logging.getLogger("fedbrats").exception("the client's worker failed")
     return f"internal error ({type(error).__name__}); the log says more. Please report it.", []

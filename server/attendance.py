@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -77,21 +77,22 @@ class Attendance:
         while True:
             sites = list(self.enrolled())
             self._call(sites)
-            roll = self._roll(sites)
-            needed = self.terms.config.rounds.min_sites or len(sites) - roll.only_evaluating
+            roll = self._roll(sites, {c.site for c in history.sites() if not c.trains})
+            needed = self.terms.config.rounds.min_sites or len(roll.training) + len(roll.absent)
             enough = len(roll.training) >= max(needed, 1) and bool(roll.evaluating)
             now = time.monotonic()
             if enough and not was_enough:
                 enough_since = now
             was_enough = enough
-            gathering = not self._gathered and roll.absent
+            gathering = not self._gathered and (roll.absent or roll.absent_evaluators)
             if enough and not (gathering and now - enough_since < 60 * settings.gather_minutes):
                 break
             left = 60 * settings.wait_minutes - (now - begin)
             if left <= 0:
                 raise FederationFailed(_who_is_missing(roll, needed, settings.wait_minutes))
             present = tuple(roll.cards)
-            self.show(Waiting(number, present, dict(roll.absent), needed, left))
+            absent = {**roll.absent, **roll.absent_evaluators}
+            self.show(Waiting(number, present, absent, needed, left))
             time.sleep(PAUSE_SECONDS)
         self._gathered = True
         known = {card.site: card for card in history.sites()} | roll.cards
@@ -149,7 +150,8 @@ class Attendance:
             return None, "it holds another configuration than the server."
         return card, ""
 
-    def _roll(self, sites: Sequence[str]) -> Roll:
+    def _roll(self, sites: Sequence[str], evaluators: Collection[str]) -> Roll:
+        """`evaluators` are known, from earlier rounds, not to train."""
         cards: dict[str, SiteCard] = {}
         nodes: dict[str, int] = {}
         absent: dict[str, str] = {}
@@ -168,7 +170,12 @@ class Attendance:
                 cards[site], nodes[site] = called.card, contact.node
             else:
                 absent[site] = called.reason or "it has not answered the roll call yet."
-        return Roll(cards, nodes, absent)
+        return Roll(
+            cards,
+            nodes,
+            {site: why for site, why in absent.items() if site not in evaluators},
+            {site: why for site, why in absent.items() if site in evaluators},
+        )
 
 
 def note_terms(history: History, terms: Terms) -> None:
@@ -201,7 +208,8 @@ def note_terms(history: History, terms: Terms) -> None:
 
 
 def _who_is_missing(roll: Roll, needed: int, minutes: float) -> str:
-    lines = "".join(f"  {site}: {reason}\n" for site, reason in roll.absent.items())
+    absent = {**roll.absent, **roll.absent_evaluators}
+    lines = "".join(f"  {site}: {reason}\n" for site, reason in absent.items())
     measured = "" if roll.evaluating else " No connected site holds out a subject to measure on."
     return (
         f"{len(roll.training)} of {needed} needed sites came within {minutes:g} minutes.{measured}\n"

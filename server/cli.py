@@ -167,11 +167,13 @@ def sites(folder: Folder, as_json: AsJson = False) -> None:
     """
     start_logging()
     with _failing():
+        from common.files import lock_holder
         from server.coordinator import load_coordinator
         from server.enrolment import all_sites
 
         coordinator = load_coordinator(folder)
-        contacts = _last_contacts(coordinator.status)
+        told = _told(coordinator.status)
+        running = lock_holder(coordinator.lock) is not None
         rows = [
             {
                 "name": site.name,
@@ -179,7 +181,8 @@ def sites(folder: Folder, as_json: AsJson = False) -> None:
                 "fingerprint": site.fingerprint,
                 "admitted_at": site.admitted_at,
                 "revoked_at": site.revoked_at,
-                "last_contact": contacts.get(site.name),
+                "connection": told.get(site.name, {}).get("state") if running else None,
+                "last_contact": told.get(site.name, {}).get("last_contact"),
             }
             for site in all_sites(coordinator.enrolled)
         ]
@@ -191,12 +194,13 @@ def sites(folder: Folder, as_json: AsJson = False) -> None:
 
     console = standard_output()
     table = Table(box=ROUNDED if console.is_terminal else ASCII2)
-    for heading in ("site", "state", "key", "admitted", "last contact"):
+    for heading in ("site", "state", "now", "key", "admitted", "last contact"):
         table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(
             row["name"],
             row["state"] if row["revoked_at"] is None else f"revoked {row['revoked_at']}",
+            row["connection"] or "-",
             row["fingerprint"],
             row["admitted_at"],
             row["last_contact"] or "-",
@@ -258,14 +262,16 @@ for command in (running.start, running.status, running.stop, running.export):
     app.command()(command)
 
 
-def _last_contacts(status: Path) -> dict[str, str]:
-    """By site, from what the running server last wrote; what cannot be read counts as never."""
+def _told(status: Path) -> dict[str, dict[str, str]]:
+    """By site, what the running server last wrote; what cannot be read counts as never."""
     try:
         told = json.loads(status.read_text(encoding="utf-8"))["sites"]
-        contacts = {name: site["last_contact"] for name, site in told.items()}
+        return {
+            name: {key: text for key, text in about.items() if isinstance(text, str)}
+            for name, about in told.items()
+        }
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}
-    return {name: at for name, at in contacts.items() if isinstance(at, str)}
 
 
 def _is_this_machine_only(address: str) -> bool:

@@ -23,21 +23,18 @@ class FederationFailed(RuntimeError):
 class Roll:
     """Who takes part: the sites' cards and Flower node ids, both by site name in sorted order.
 
-    `absent` says of a site that should take part too why it does not.
+    `absent` says of a site that should take part too why it does not; `absent_evaluators` the same
+    of one that is known not to train.
     """
 
     cards: dict[str, SiteCard]
     nodes: dict[str, int]
     absent: Mapping[str, str] = field(default_factory=dict)
+    absent_evaluators: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def training(self) -> list[str]:
         return [site for site, card in self.cards.items() if card.trains]
-
-    @property
-    def only_evaluating(self) -> int:
-        """How many do not train."""
-        return sum(not card.trains for card in self.cards.values())
 
     @property
     def evaluating(self) -> list[str]:

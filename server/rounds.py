@@ -181,7 +181,7 @@ def _one_round(
         sha256=digest,
         contributions=tuple(contributions),
         metrics=metrics,
-        unmeasured=unmeasured,
+        unmeasured={**roll.absent_evaluators, **unmeasured},
     )
     return averaged, record
 
@@ -201,7 +201,7 @@ def _evaluate(
     messages = _messages(content, MessageType.EVALUATE, roll.evaluating, roll, config)
     metrics: dict[str, SiteMetrics] = {}
     # who is absent from a round is among its contributions already; the end has none
-    missing = dict(roll.absent) if surface_distances else {}
+    missing = {**roll.absent, **roll.absent_evaluators} if surface_distances else {}
     asked = len(roll.evaluating) + len(missing)
 
     def take(site: str, content: RecordDict) -> SiteMetrics | str:
