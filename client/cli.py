@@ -19,7 +19,7 @@ import typer
 
 from client import enrol, membership
 from common.brats import CODINGS, MODALITIES, STRUCTURES
-from common.console import run_program, standard_output, start_logging
+from common.console import complain, printable, run_program, standard_output, start_logging
 from sites.finding import Finding
 
 app = typer.Typer(
@@ -79,7 +79,7 @@ def check(
             param_hint="--label-coding",
         )
     if problem := _not_a_folder(data):
-        _complain(f"{data} {problem}; give the folder that holds the subjects.")
+        complain("fed-client", f"{data} {problem}; give the folder that holds the subjects.")
         raise typer.Exit(USAGE)
 
     from common.progress import track
@@ -121,7 +121,7 @@ def check(
     else:
         print_findings(findings)
         print(
-            f"{_printable(name)}: {n_subjects} subjects, {summary['usable']} usable, "
+            f"{printable(name)}: {n_subjects} subjects, {summary['usable']} usable, "
             f"{summary['errors']} errors, {summary['warnings']} warnings"
         )
     if summary["errors"] or n_subjects == 0:
@@ -167,7 +167,7 @@ def predict(
     try:
         loaded = load_model(model)
     except BadWeights as error:
-        _complain(str(error))
+        complain("fed-client", str(error))
         raise typer.Exit(UNUSABLE) from None
     discovery = discover(subject, modalities=loaded.config.modalities)
     findings = list(discovery.findings)
@@ -176,14 +176,19 @@ def predict(
         try:
             volumes, found = segment_subject(loaded, discovery.subjects[0], out)
         except OSError as error:
-            _complain(f"{out} cannot be written: {error.strerror}.")
+            complain("fed-client", f"{out} cannot be written: {error.strerror}.")
             raise typer.Exit(UNUSABLE) from None
         except MemoryError:
-            _complain(f"{subject} needs more memory than there is; check its voxel size.")
+            complain(
+                "fed-client", f"{subject} needs more memory than there is; check its voxel size."
+            )
             raise typer.Exit(UNUSABLE) from None
         findings += found
     elif discovery.subjects:
-        _complain(f"{subject} holds {len(discovery.subjects)} subjects; give one subject's folder.")
+        complain(
+            "fed-client",
+            f"{subject} holds {len(discovery.subjects)} subjects; give one subject's folder.",
+        )
         raise typer.Exit(USAGE)
     if as_json:
         document = {
@@ -195,7 +200,7 @@ def predict(
     else:
         print_findings(findings)
     if volumes is None:
-        _complain(f"{subject} cannot be segmented; nothing was written.")
+        complain("fed-client", f"{subject} cannot be segmented; nothing was written.")
         raise typer.Exit(UNUSABLE)
     if not as_json:
         amounts = ", ".join(f"{name} {volumes[name]:.1f} ml" for name in STRUCTURES)
@@ -230,20 +235,16 @@ def print_findings(findings: Sequence[Finding]) -> None:
     for finding in sorted(findings, key=lambda f: (f.severity, f.subject, f.file)):
         colour = "red" if finding.severity == "error" else "yellow"
         table.add_row(
-            *(Text(_printable(t)) for t in (finding.site, finding.subject, finding.file)),
+            *(Text(_cell(t)) for t in (finding.site, finding.subject, finding.file)),
             Text(finding.severity, style=colour),
-            *(Text(_printable(t)) for t in (finding.what, finding.remedy)),
+            *(Text(_cell(t)) for t in (finding.what, finding.remedy)),
         )
     standard_output().print(table)
 
 
-def _printable(text: str) -> str:
-    """`text` without control characters and half-decoded bytes, which file names may hold."""
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def _complain(message: str) -> None:
-    print(f"fed-client: {_printable(message)}", file=sys.stderr)
+def _cell(text: str) -> str:
+    """A file's name may hold a line break, which would break the table."""
+    return printable(text).replace("\n", "?")
 
 
 def main() -> None:

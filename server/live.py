@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -26,6 +25,7 @@ from common.console import standard_output
 from common.files import write_text_atomically
 from common.metrics import mean_dice
 from server.attendance import Waiting
+from server.background import every
 from server.history import RoundRecord
 from server.link_grid import Contact
 from server.tables import number, round_table, site_table
@@ -144,34 +144,23 @@ class Board:
 @contextmanager
 def showing(board: Board) -> Iterator[None]:
     """Show the board while the block runs, and leave a last status file."""
-    over = threading.Event()
     console = Console()
     live = Live(console=console, auto_refresh=False, transient=True) if board.live else None
 
-    def keep_showing() -> None:
-        while not over.wait(1.0):
-            with contextlib.suppress(Exception):  # a glitch of the display must not end the run
-                document = board.document()
-                board.write(document)
-                if live is not None:
-                    live.update(board.table(document), refresh=True)
-                else:
-                    board.lines(document)
-
-    thread = threading.Thread(target=keep_showing, daemon=True)
-    with _lines_above(console) if live is not None else contextlib.nullcontext():
+    def show() -> None:
+        document = board.document()
+        board.write(document)
         if live is not None:
-            live.start()
-        thread.start()
+            live.update(board.table(document), refresh=True)
+        else:
+            board.lines(document)
+
+    with _lines_above(console) if live is not None else contextlib.nullcontext():
         try:
-            yield
+            with live or contextlib.nullcontext(), every(1.0, show):
+                yield
         finally:
-            over.set()
-            thread.join(timeout=5)
-            if live is not None:
-                live.stop()
-            document = board.document()
-            board.write({**document, "state": "not running", "waiting": None})
+            board.write({**board.document(), "state": "not running", "waiting": None})
 
 
 @contextmanager

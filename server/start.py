@@ -6,10 +6,8 @@ run's history and checkpoints, never in the link database, whose runs end with t
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +22,7 @@ from common.files import locked, write_text_atomically
 from common.notices import Farewell, pack_farewell
 from server import enrolment
 from server.attendance import Attendance, note_terms
+from server.background import every
 from server.certificates import read_certificate
 from server.checkpoint import RunFolder
 from server.coordinator import CoordinatorFolder, host_and_port, terms
@@ -145,25 +144,17 @@ def _keys(folder: CoordinatorFolder) -> dict[str, Any]:
 @contextmanager
 def _enrolling(folder: CoordinatorFolder, state: LinkState) -> Iterator[None]:
     """`admit` and `revoke` take effect while the server runs, within a second or two."""
-    over = threading.Event()
     placed = set(enrolment.active(folder.enrolled))
 
-    def keep_placing() -> None:
+    def place() -> None:
         nonlocal placed
-        while not over.wait(1.0):
-            with contextlib.suppress(Exception):  # a busy file: the next second will do
-                now = set(enrolment.active(folder.enrolled))
-                if now != placed:
-                    place_nodes(state, {site.name: site.key() for site in now})
-                    placed = now
+        now = set(enrolment.active(folder.enrolled))
+        if now != placed:
+            place_nodes(state, {site.name: site.key() for site in now})
+            placed = now
 
-    thread = threading.Thread(target=keep_placing, daemon=True)
-    thread.start()
-    try:
+    with every(1.0, place):
         yield
-    finally:
-        over.set()
-        thread.join(timeout=5)
 
 
 def _say_farewell(grid: LinkGrid, judged: Verdict) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from common.console import run_program, standard_output, start_logging
+from common.console import failing_in_words, run_program, standard_output, start_logging
 
 if TYPE_CHECKING:
     from simulation.run import Result
@@ -26,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-FAILED, USAGE = 1, 2  # exit codes
+FAILED = 1  # exit code
 
 Data = Annotated[Path, typer.Argument(help="Folder in BraTS layout.")]
 ConfigFile = Annotated[
@@ -270,28 +270,17 @@ def _require_folder(data: Path) -> None:
 
 @contextmanager
 def _failing_in_words() -> Iterator[None]:
-    """Expected failures become one clear text and the right exit code, never a traceback."""
-    from common.config_file import ConfigError
+    """As `common.console.failing_in_words`, after a table of what is wrong with which scan."""
+    with failing_in_words("fed-sim", _foreseen, interrupted="; the same command continues"):
+        try:
+            yield
+        except Exception as error:
+            if findings := getattr(error, "findings", ()):
+                from client.cli import print_findings
 
-    try:
-        yield
-    except ConfigError as error:
-        print(f"fed-sim: {error}", file=sys.stderr)
-        raise typer.Exit(USAGE) from None
-    except KeyboardInterrupt:
-        print("fed-sim: interrupted; the same command continues.", file=sys.stderr)
-        raise typer.Exit(130) from None
-    except Exception as error:
-        if not isinstance(error, _foreseen()):
+                with redirect_stdout(sys.stderr):
+                    print_findings(findings)
             raise
-        findings = getattr(error, "findings", ())
-        if findings:
-            from client.cli import print_findings
-
-            with redirect_stdout(sys.stderr):
-                print_findings(findings)
-        print(f"fed-sim: {error}", file=sys.stderr)
-        raise typer.Exit(FAILED) from None
 
 
 def _foreseen() -> tuple[type[Exception], ...]:
@@ -314,7 +303,6 @@ def _foreseen() -> tuple[type[Exception], ...]:
         CacheError,
         FederationFailed,
         HistoryError,
-        OSError,
         RayMissing,
         SplitError,
         UnusableData,
