@@ -23,8 +23,9 @@ from typing import Any
 import flwr
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException, Request
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, Status
+from flwr.proto.fleet_pb2 import ActivateNodeRequest
 from flwr.server.superlink.linkstate import LinkState, LinkStateFactory
 from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.date import now
@@ -36,12 +37,15 @@ from flwr.supercore.routers import health
 from flwr.supercore.state.schema.corestate_models import Task as TaskRow
 from flwr.supercore.state.schema.linkstate_models import Node as NodeRow
 from flwr.supercore.utils import uint64_to_int64
+from flwr.superlink.dependencies.linkstate import get_linkstate
 from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 from flwr.superlink.routers.fleet.router import router as fleet_router
 from sqlalchemy import update
+from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.responses import Response
 
 LOG = logging.getLogger("fedbrats")
 FLOWER = "1.41.0"
@@ -98,6 +102,25 @@ async def _refuse(status: int, scope: Scope, send: Send) -> None:
     headers = [(b"content-length", b"0"), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": b""})
+
+
+class EnrolledOnly(NodeAuthMiddleware):
+    """Flower's authentication, and 401 for keys that are not enrolled also where a client begins.
+
+    Flower takes any signature there, and then fails with the words that it has for a second client
+    with one key, so a client could not tell a stranger from a site that is connected already.
+    """
+
+    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+        async def enrolled(request: Request) -> Response:
+            asked = getattr(request.state, "protobuf_request", None)
+            if isinstance(asked, ActivateNodeRequest):
+                find = get_linkstate(request).get_node_id_by_public_key
+                if await run_in_threadpool(find, asked.public_key) is None:
+                    raise HTTPException(status_code=401)
+            return await call_next(request)
+
+        return await super().dispatch(request, enrolled)
 
 
 def open_link_state(database: Path) -> LinkStateFactory:
@@ -171,7 +194,7 @@ def fleet_app(factory: LinkStateFactory) -> Gate:
         middleware=[
             Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
             Middleware(ProtobufTranslationMiddleware),
-            Middleware(NodeAuthMiddleware),
+            Middleware(EnrolledOnly),
         ],
     )
     app.state.linkstate_factory = factory
