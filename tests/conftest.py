@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: other sessions sh
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ import pytest
 if TYPE_CHECKING:
     from common.config import FederationConfig
     from sites.cache import CachedSubject, Preparation
+    from tests.link import Authority, Link
 
 TINY = (  # the smallest that the reference U-Net can be: five levels, so 32 voxels a side
     "preprocess.shape=[32,32,32]",
@@ -128,3 +129,20 @@ def finished_run(
     arguments = ("run", str(cohort_data), "--out", str(out), "--json", *cache, *tiny_arguments)
     done = subprocess.run((program, *arguments), capture_output=True, text=True, check=False)
     return FinishedRun(out, done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """A CA and the certificate of a server at 127.0.0.1. Read only."""
+    from tests.link import make_certificates
+
+    return make_certificates(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture
+def link(tmp_path: Path, authority: Authority) -> Iterator[Link]:
+    """A listening coordinator at which the sites a and b are enrolled."""
+    from tests.link import linked
+
+    with linked(tmp_path, authority, "a", "b") as made:
+        yield made
