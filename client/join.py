@@ -257,12 +257,13 @@ class Membership:
         if reply.has_error():
             LOG.warning(f"the answer is a refusal: {reply.error.reason}")
         departure = self._answer(connection, reply)
+        left = outbound.in_words(self._folder.sent)
         if departure is not None and round_ is not None and not reply.has_error():
-            LOG.info(
-                f"round {round_}: {departure.kind} sent ({departure.bytes:,} bytes), {seconds:.1f} s"
-            )
+            LOG.info(f"round {round_}: {departure.in_words()} sent, {seconds:.1f} s")
+            if departure.kind == outbound.METRICS:  # the last that leaves in a round
+                LOG.info(f"left this building so far: {'; '.join(left)}")
         self._recent = time.monotonic()
-        self._display.state("waiting", left=outbound.in_words(self._folder.sent))
+        self._display.state("waiting", left=left)
 
     # ------------------------------------------------------------------------------ what may happen
 

@@ -41,6 +41,13 @@ class Departure:
     sha256: str
     details: dict[str, Any]
 
+    def in_words(self) -> str:
+        if self.kind == UPDATE:
+            return (
+                f"update of {self.tensors} tensors, {self.weights:,} numbers, {_size(self.bytes)}"
+            )
+        return f"{self.kind}: {self.numbers} numbers, {_size(self.bytes)}"
+
 
 class OutboundError(RuntimeError):
     """The record cannot be written, so nothing may leave; the text says what to do."""
