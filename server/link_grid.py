@@ -29,10 +29,11 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.run import Run
+from flwr.supercore.state.schema.corestate_models import ObjectPushSession, ObjectPushSessionRoot
 from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supercore.utils import int64_to_uint64
-from sqlalchemy import select, update
+from sqlalchemy import delete, select, update
 
 LARGEST_REPLY = 2**31  # bytes of one reply
 MOST_PIECES = 10_000  # objects of one reply
@@ -198,7 +199,6 @@ class LinkGrid(Grid):
         bare = dict_to_message(values)
         reply_id = bare.metadata.message_id
         if bare.has_error():
-            self._state.object_store.delete(reply_id)
             return bare
         try:
             tree = self._state.object_store.get_object_tree(reply_id)
@@ -224,7 +224,6 @@ class LinkGrid(Grid):
             reason = f"its reply cannot be read ({type(error).__name__})."
         else:
             reason = "its reply is to another message."
-        self._state.object_store.delete(reply_id)
         sent = self._sent[message_id].message.metadata
         if reply is None or answers != (message_id, sent.dst_node_id):
             return self._error(message_id, reason)
@@ -271,9 +270,21 @@ class LinkGrid(Grid):
         return Message(error, reply_to=self._sent[message_id].message)
 
     def _forget(self, message_id: str) -> None:
+        """Delete the message and its reply, of which only a part may have arrived."""
         self._sent.pop(message_id, None)
-        self._state.delete_messages({message_id})
-        self._state.object_store.delete(message_id)
+        with self._state.session() as session:
+            replies = session.scalars(
+                select(MessageRes.message_id).where(MessageRes.reply_to_message_id == message_id)
+            ).all()
+            uploads = select(ObjectPushSessionRoot.session_id).where(
+                ObjectPushSessionRoot.root_object_id.in_(replies)
+            )
+            session.execute(
+                delete(ObjectPushSession).where(ObjectPushSession.session_id.in_(uploads))
+            )
+            self._state.delete_messages({message_id})
+            for object_id in (message_id, *replies):
+                self._state.object_store.delete(object_id)
 
 
 def _time(text: str) -> datetime | None:

@@ -25,7 +25,7 @@ import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
 from fastapi import FastAPI, HTTPException, Request
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, Status
-from flwr.proto.fleet_pb2 import ActivateNodeRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest
 from flwr.server.superlink.linkstate import LinkState, LinkStateFactory
 from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.date import now
@@ -105,10 +105,11 @@ async def _refuse(status: int, scope: Scope, send: Send) -> None:
 
 
 class EnrolledOnly(NodeAuthMiddleware):
-    """Flower's authentication, and 401 for keys that are not enrolled also where a client begins.
+    """Flower's authentication, and 401 in two more cases: a client that begins with a key that is not
+    enrolled, and a reply in another node's name.
 
-    Flower takes any signature there, and then fails with the words that it has for a second client
-    with one key, so a client could not tell a stranger from a site that is connected already.
+    Flower lets the first pass, and then fails with the words that it has for a second client with
+    one key, so a client could not tell which it is. Of the second it looks at no sender.
     """
 
     async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
@@ -118,6 +119,11 @@ class EnrolledOnly(NodeAuthMiddleware):
                 find = get_linkstate(request).get_node_id_by_public_key
                 if await run_in_threadpool(find, asked.public_key) is None:
                     raise HTTPException(status_code=401)
+            if isinstance(asked, PushMessagesRequest) and any(
+                message.metadata.src_node_id != asked.node.node_id
+                for message in asked.messages_list
+            ):
+                raise HTTPException(status_code=401)
             return await call_next(request)
 
         return await super().dispatch(request, enrolled)
