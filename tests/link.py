@@ -16,7 +16,9 @@ from unittest import mock
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.server.superlink.linkstate import LinkState, LinkStateFactory
+from flwr.supercore.task_identity import TaskIdentity
 from sqlalchemy import text
 
 from client.connection import Connection
@@ -26,13 +28,12 @@ from server.link_grid import LinkGrid
 from server.superlink import begin_run, fleet_app, listening, open_link_state, place_nodes
 
 FEDERATION, CODE = "3f" * 16, "ab" * 32
-TABLES = (  # of messages, their pieces, and what Flower notes while they are sent
+TABLES = (  # of messages, their pieces, and what Flower notes while pieces are sent
     "message_ins",
     "message_res",
     "objects",
     "object_children",
     "run_objects",
-    "object_push_sessions",
     "object_push_session_roots",
     "object_push_session_pending",
 )
@@ -104,6 +105,8 @@ class Link:
         """A message to the site; its id."""
         if content is None:
             content = RecordDict({"c": ConfigRecord({"n": 1})})
+        TaskIdentity.task_id = TaskIdentity.run_id = self.run_id
+        TaskIdentity.node_id = SUPERLINK_NODE_ID
         node = self.grid.contacts()[site].node
         (message_id,) = self.grid.push_messages([Message(content, node, kind, ttl=ttl)])
         assert message_id
@@ -181,8 +184,6 @@ def take(connection: Connection, largest: int = 10**9, **more: Any) -> Message |
 
 def stamp(connection: Connection, run_id: int) -> None:
     """Flower writes sender and run into a new message from a global; set it to this client's."""
-    from flwr.supercore.task_identity import TaskIdentity
-
     TaskIdentity.task_id = TaskIdentity.run_id = run_id
     TaskIdentity.node_id = connection.node_id
 
