@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def release(reply: Message, record: Path) -> Departure:
     """Record what `reply` holds; only then may it be sent.
 
     Raises:
-        OutboundError: the record cannot be written.
+        OutboundError: the record cannot be written, or the reply not be accounted for.
     """
     departure = inspect(reply)
     d = departure
@@ -81,7 +82,7 @@ def release(reply: Message, record: Path) -> Departure:
 
 
 def inspect(reply: Message) -> Departure:
-    """What a reply holds, read from the reply itself."""
+    """What a reply holds, read from the reply itself. Raises OutboundError: that is not possible."""
     if reply.has_error():
         reason = reply.error.reason or ""
         return Departure(ERROR, None, 0, 0, 0, len(reason.encode()), "", {"reason": reason})
@@ -97,9 +98,7 @@ def inspect(reply: Message) -> Departure:
                 tensors, weights = tensors + len(shapes), weights + sum(shapes)
         else:
             details[name] = {key: _plain(value) for key, value in record.items()}
-    numbers = sum(
-        isinstance(value, (int, float)) for values in details.values() for value in values.values()
-    )
+    numbers = sum(_numbers(value) for values in details.values() for value in values.values())
     size += len(json.dumps(details).encode())
     kind = OTHER
     if tensors:
@@ -165,19 +164,26 @@ def _shapes(array: Array) -> list[int]:
     """Number of values of each tensor in a block of safetensors."""
     data = array.data
     length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    sizes = []
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            count = 1
-            for extent in tensor["shape"]:
-                count *= extent
-            sizes.append(count)
-    return sizes
+    try:
+        header = json.loads(data[8 : 8 + length])
+        return [
+            math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"
+        ]
+    except (ValueError, AttributeError, LookupError, TypeError) as error:
+        raise OutboundError(
+            "the reply holds a block that cannot be accounted for, so it is not sent. Please report it."
+        ) from error
+
+
+def _numbers(value: Any) -> int:
+    """How many numbers a value is; lists count one by one."""
+    return sum(map(_numbers, value)) if isinstance(value, list) else isinstance(value, (int, float))
 
 
 def _plain(value: Any) -> Any:
     """JSON has no NaN and no bytes."""
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
     if isinstance(value, float) and value != value:
         return None
     return value.hex() if isinstance(value, bytes) else value
