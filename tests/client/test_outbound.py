@@ -1,0 +1,258 @@
+"""The hospital's own account of what left: counted from the reply itself, and kept before it leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import resource
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import astuple
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app.error import Error
+from flwr.supercore.task_identity import TaskIdentity
+
+from client.outbound import OutboundError, departures, in_words, inspect, release
+from common.messages import (
+    SiteCard,
+    SiteReport,
+    SiteUpdate,
+    pack_site_card,
+    pack_site_report,
+    pack_site_update,
+)
+from common.metrics import SiteMetrics
+
+SHAPES = {"conv.weight": (4, 3, 3, 3, 3), "conv.bias": (4,), "norm.count": (), "empty": (0, 7)}
+CARD = SiteCard("Oslo", True, 12, 5, 1, "c0ffee")
+
+
+def weights(scale: float = 1.0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    made = {name: scale * torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    return made | {"norm.count": torch.tensor(7)}
+
+
+def values() -> int:
+    """Of the model above, counted by hand: 4 * 81 + 4 + 1 + 0."""
+    return 329
+
+
+def update(round_: int = 3, *, loss: float = 0.5, change: bool = True) -> RecordDict:
+    sent = SiteUpdate("Oslo", round_, 12, loss, 2.5, 4.8, weights(1.1))
+    return pack_site_update(sent, weights() if change else None)
+
+
+def report(**means: float) -> RecordDict:
+    metrics = SiteMetrics(5, means, {name: 0 if math.isnan(v) else 5 for name, v in means.items()})
+    return pack_site_report(SiteReport("Oslo", 3, 1.5, metrics))
+
+
+def reply(content: RecordDict | Error) -> Message:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    asked = Message(RecordDict(), 2, "train")
+    return Message(content, reply_to=asked)
+
+
+def everything_in(content: RecordDict) -> dict:
+    """Apart from the weights, as JSON would hold it; by another way than `inspect`."""
+    return {
+        name: dict(record.items())
+        for name, record in content.items()
+        if not isinstance(record, ArrayRecord)
+    }
+
+
+# -------------------------------------------------------------------------------- what is counted
+
+
+@pytest.mark.parametrize("change", [True, False], ids=["fp16", "fp32"])
+def test_an_update_is_counted_tensor_by_tensor(change):
+    content = update(change=change)
+    (array,) = content["weights"].values()
+    about = everything_in(content)
+    counted = inspect(reply(content))
+    assert (counted.kind, counted.round) == ("update", 3)
+    assert (counted.tensors, counted.weights) == (len(SHAPES), values())
+    assert counted.weights == sum(t.numel() for t in weights().values())
+    # round, n_training, loss, seconds, samples_per_second
+    assert counted.numbers == 5
+    assert counted.bytes == len(array.data) + len(json.dumps(about))
+    assert counted.sha256 == hashlib.sha256(array.data).hexdigest()
+    assert counted.details == about
+    assert counted.details["about"]["loss"] == 0.5
+
+
+def test_a_card_a_report_and_an_error_are_counted():
+    counted = inspect(reply(pack_site_card(CARD)))
+    assert astuple(counted)[:4] == ("card", None, 0, 0)
+    flags_and_numbers = [v for v in vars(CARD).values() if isinstance(v, int)]
+    assert counted.numbers == len(flags_and_numbers) == 4
+    assert counted.details["card"] == vars(CARD)
+    assert counted.sha256 == ""
+
+    means = {"loss": 0.25, "dice/WT": 0.75, "iou/WT": 0.6}
+    counted = inspect(reply(report(**means)))
+    assert astuple(counted)[:4] == ("metrics", 3, 0, 0)
+    assert counted.numbers == 2 + 3 + (1 + 3), "round and seconds; means; subjects behind each"
+    assert counted.details["means"] == means
+
+    counted = inspect(reply(Error(code=2, reason="kein Gd: größer")))
+    assert astuple(counted)[:5] == ("error", None, 0, 0, 0)
+    assert counted.bytes == len("kein Gd: größer".encode())
+    assert counted.details == {"reason": "kein Gd: größer"}
+
+
+def test_whatever_else_is_in_a_reply_is_told_too():
+    content = RecordDict({"x": ConfigRecord({"secret": b"\x01\xff", "list": [1, 2], "n": 4})})
+    counted = inspect(reply(content))
+    assert counted.kind == "other"
+    assert counted.details == {"x": {"secret": "01ff", "list": [1, 2], "n": 4}}
+    assert counted.numbers == 3, "those in a list are numbers too"
+    both = RecordDict({**pack_site_card(CARD), "weights": update()["weights"]})
+    assert inspect(reply(both)).kind == "update", "weights are never told as anything less"
+
+
+def test_weights_in_no_known_form_do_not_leave(tmp_path):
+    """They could not be accounted for."""
+    for data in (b"", b"short", b"\x05\x00\x00\x00\x00\x00\x00\x00[1,2]", b"\xff" * 40):
+        array = Array("uint8", (len(data),), "raw", data)
+        spoilt = reply(RecordDict({"weights": ArrayRecord({"weights": array})}))
+        with pytest.raises(OutboundError, match="cannot be accounted for"):
+            release(spoilt, tmp_path / "sent.sqlite")
+    assert departures(tmp_path / "sent.sqlite") == []
+
+
+def test_an_undefined_mean_is_kept_as_none(tmp_path):
+    record = tmp_path / "sent.sqlite"
+    content = report(**{"loss": 0.5, "hd95/ET": math.nan})
+    release(reply(content), record)
+    (kept,) = departures(record)
+    assert kept["details"]["means"] == {"loss": 0.5, "hd95/ET": None}
+    with closing(sqlite3.connect(record)) as database:
+        (text,) = database.execute("SELECT details FROM sent").fetchone()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert kept["numbers"] == 2 + 1 + 3, "what is undefined is no number"
+
+
+# --------------------------------------------------------------------------------- the record
+
+
+def test_the_record_holds_every_departure_in_order(tmp_path):
+    record = tmp_path / "sent.sqlite"
+    begin = datetime.now(UTC).replace(microsecond=0)
+    contents = [pack_site_card(CARD), update(1), report(loss=0.5), update(2), Error(2, "no Gd")]
+    released = [release(reply(content), record) for content in contents]
+    kept = departures(record)
+    assert [row["id"] for row in kept] == [1, 2, 3, 4, 5]
+    assert [row["kind"] for row in kept] == ["card", "update", "metrics", "update", "error"]
+    for row, departure in zip(kept, released, strict=True):
+        assert begin <= datetime.fromisoformat(row["at"]) <= datetime.now(UTC)
+        assert {key: row[key] for key in vars(departure)} == vars(departure)
+    json.dumps(kept, allow_nan=False)
+
+
+def test_in_words_adds_up(tmp_path):
+    record = tmp_path / "sent.sqlite"
+    assert in_words(record) == ["nothing"]
+    assert departures(record) == []
+    assert not record.exists(), "looking leaves nothing behind"
+    released = release(reply(pack_site_card(CARD)), record)
+    assert in_words(record) == ["1 site card (name and numbers of subjects; 4 numbers)"]
+    sizes = [release(reply(update(n)), record).bytes for n in (1, 2, 3)]
+    metrics = release(reply(report(loss=0.5)), record)
+    release(reply(pack_site_card(CARD)), record)
+    release(reply(Error(2, "no Gd")), record)
+    farewell = RecordDict({"farewell": ConfigRecord({"received": True})})
+    release(reply(farewell), record)
+    updates = f"{sum(sizes) / 1000:.1f} kB"
+    assert in_words(record) == [
+        "2 site cards (name and numbers of subjects; 8 numbers)",
+        f"3 model updates (4 tensors of 329 numbers each time, 15 other numbers, {updates} in all)",
+        f"1 set of mean metrics ({metrics.numbers} numbers, {metrics.bytes / 1000:.1f} kB in all)",
+        "1 error text",
+        "1 acknowledgement",
+    ]
+    assert released.kind == "card"
+
+
+def test_large_amounts_are_told_in_megabytes(tmp_path):
+    record = tmp_path / "sent.sqlite"
+    release(reply(update()), record)
+    with closing(sqlite3.connect(record)) as database, database:
+        database.execute("UPDATE sent SET bytes = 41943040, weights = 10485760")
+    assert in_words(record) == [
+        "1 model update (4 tensors of 10,485,760 numbers each time, 5 other numbers, 41.9 MB in all)"
+    ]
+
+
+# --------------------------------------------------------------------- it cannot be written
+
+
+def not_released(record: Path) -> str:
+    with pytest.raises(OutboundError) as caught:
+        release(reply(update()), record)
+    text = str(caught.value)
+    assert str(record) in text
+    assert "so nothing is sent" in text
+    return text
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file grows beyond this size."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_on_a_full_disk_nothing_is_released(tmp_path):
+    record = tmp_path / "sent.sqlite"
+    with full_disk(0):
+        not_released(record)
+    released = 0
+    with full_disk(20_000), contextlib.suppress(OutboundError):
+        while released < 1000:
+            release(reply(update()), record)
+            released += 1
+        pytest.fail("the disk is not full")
+    with full_disk(20_000):
+        assert "Free disk space" in not_released(record)
+    assert len(departures(record)) == released > 0, "exactly what was released"
+    release(reply(update()), record)
+    assert len(departures(record)) == released + 1
+
+
+def test_a_damaged_or_foreign_record_is_not_replaced(tmp_path):
+    record = tmp_path / "sent.sqlite"
+    record.write_bytes(b"not a database at all" * 100)
+    before = record.read_bytes()
+    not_released(record)
+    with pytest.raises(OutboundError):
+        in_words(record)
+    assert record.read_bytes() == before
+    not_released(tmp_path / "gone" / "sent.sqlite")
+    (tmp_path / "folder").mkdir()
+    not_released(tmp_path / "folder")
+
+
+def test_a_record_that_may_only_be_read_releases_nothing(tmp_path):
+    record = tmp_path / "sent.sqlite"
+    release(reply(pack_site_card(CARD)), record)
+    content = bytearray(record.read_bytes())
+    content[18] = 3  # SQLite's mark of a file that this version may only read; root heeds no chmod
+    record.write_bytes(content)
+    assert "readonly" in not_released(record)
+    assert len(departures(record)) == 1
+    assert in_words(record) == ["1 site card (name and numbers of subjects; 4 numbers)"]
