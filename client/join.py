@@ -367,12 +367,11 @@ class Membership:
             self._check_stop()
             try:
                 result = action()
-                if wait > FIRST_WAIT:
-                    LOG.info("connected again")
-                    self._trouble = ""
-                    if self._task is None:
-                        self._display.state("waiting")
+                self._reached(again=wait > FIRST_WAIT)
                 return result
+            except (RunOver, TooLarge):  # an answer too
+                self._reached(again=wait > FIRST_WAIT)
+                raise
             except Refused as error:
                 if reopen is None or reopened:
                     raise JoinFailed(str(error)) from error
@@ -387,6 +386,13 @@ class Membership:
                     self._display.state("reconnecting", trouble=str(error))
                 self._wait(wait * random.uniform(0.8, 1.2))
                 wait = min(2 * wait, LONGEST_WAIT)
+
+    def _reached(self, *, again: bool) -> None:
+        if again:
+            LOG.info("connected again")
+            self._trouble = ""
+            if self._task is None:
+                self._display.state("waiting")
 
     def _give_up_after(self, seconds: float, error: Unreachable) -> None:
         limit = 3600 * self._settings.patience_hours

@@ -25,6 +25,7 @@ from server.roll_call import FederationFailed, Roll
 
 LOG = logging.getLogger("fedbrats")
 CALL_SECONDS = 300.0  # for one roll call: a site's worker may have to start first
+ANSWER_SECONDS = 30.0  # that a round waits for the answer of a site that is connected
 ASK_AGAIN_SECONDS = 5.0  # a site that refused: it may have changed its mind
 PAUSE_SECONDS = 0.2
 NOT_CHANGEABLE = ("network.", "modalities", "preprocess.mode", "federation")
@@ -55,12 +56,15 @@ class _Called:
 
 @dataclass
 class Attendance:
-    """`enrolled` names the active sites whenever it is called, for that can change at any time."""
+    """`enrolled` names the active sites whenever it is called, for that can change at any time.
+
+    `show` is told what is waited for, and None when the wait is over.
+    """
 
     grid: LinkGrid
     terms: Terms
     enrolled: Callable[[], Sequence[str]]
-    show: Callable[[Waiting], None]
+    show: Callable[[Waiting | None], None]
     _called: dict[str, _Called] = field(default_factory=dict)
     _gathered: bool = False
 
@@ -84,8 +88,12 @@ class Attendance:
             if enough and not was_enough:
                 enough_since = now
             was_enough = enough
-            gathering = not self._gathered and (roll.absent or roll.absent_evaluators)
-            if enough and not (gathering and now - enough_since < 60 * settings.gather_minutes):
+            gathering = (
+                not self._gathered
+                and (roll.absent or roll.absent_evaluators)
+                and now - enough_since < 60 * settings.gather_minutes
+            )
+            if enough and not gathering and not self._is_answering(sites):
                 break
             left = 60 * settings.wait_minutes - (now - begin)
             if left <= 0:
@@ -95,6 +103,7 @@ class Attendance:
             self.show(Waiting(number, present, absent, needed, left))
             time.sleep(PAUSE_SECONDS)
         self._gathered = True
+        self.show(None)
         known = {card.site: card for card in history.sites()} | roll.cards
         history.record_sites(list(known.values()))
         return roll
@@ -103,8 +112,18 @@ class Attendance:
         """A site whose answer was no good may have other numbers to announce by now."""
         records = history.rounds()
         for contribution in records[-1].contributions if records else ():
-            if not contribution.trained:
-                self._called.pop(contribution.site, None)
+            called = self._called.get(contribution.site)
+            if not contribution.trained and called is not None and not called.message_id:
+                del self._called[contribution.site]
+
+    def _is_answering(self, sites: Sequence[str]) -> bool:
+        """Is a site about to answer that has just come, or failed in the last round?"""
+        contacts, now = self.grid.contacts(), time.monotonic()
+        return any(
+            called.message_id and now - called.at < ANSWER_SECONDS
+            for site, called in self._called.items()
+            if site in sites and site in contacts and contacts[site].online
+        )
 
     def _call(self, sites: Sequence[str]) -> None:
         """Send roll calls to whom it is due and take the answers that are there; never waits."""

@@ -68,7 +68,7 @@ class Board:
         if not self.live:
             standard_output().print(round_table(record))
 
-    def waiting(self, waiting: Waiting) -> None:
+    def waiting(self, waiting: Waiting | None) -> None:
         self._waiting = waiting
 
     def document(self) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def start(folder: CoordinatorFolder) -> Verdict:
         OSError: the disk is full or not writable.
         Stopped: by SIGTERM or Ctrl-C.
     """
-    logging.getLogger("flwr").setLevel(logging.ERROR)  # its import has made it talkative
+    _quieten_flower()
     with locked(folder.lock), _stopping():
         stated = terms(folder)
         config = stated.config
@@ -123,6 +123,18 @@ def start(folder: CoordinatorFolder) -> Verdict:
                 "move the file away: it holds nothing that is needed to continue."
             ) from error
         return judged
+
+
+def _quieten_flower() -> None:
+    """Its import makes it talkative; and a refused request is told to who sent it, not to this log."""
+    log = logging.getLogger("flwr")
+    log.setLevel(logging.ERROR)
+    log.addFilter(_is_own_fault)
+
+
+def _is_own_fault(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return "[ApiError:" not in text and ":ClientDisconnect]" not in text
 
 
 def _require_certificate(folder: CoordinatorFolder, address: str) -> None:
