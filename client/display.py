@@ -22,6 +22,7 @@ from common.progress import SECONDS_BETWEEN_LINES, Progress, line
 
 LOG = logging.getLogger("fedbrats")
 SECONDS_BETWEEN_WRITES = 1.0
+SECONDS_BETWEEN_FACTS = 5.0
 
 
 class Display:
@@ -57,8 +58,10 @@ class Display:
                 LOG.info(line(progress))
 
     def set(self, **details: Any) -> None:
-        """Further facts for the status file, written with the next change."""
+        """Further facts for the status file, written within some seconds."""
         self._details |= details
+        if time.monotonic() - self._written > SECONDS_BETWEEN_FACTS:
+            self.write()
 
     def write(self) -> None:
         self._written = time.monotonic()
