@@ -52,14 +52,19 @@ def accept(folder: HospitalFolder, terms: Terms, hash_: str) -> None:
         NotAccepted: the hash is of other terms, or the code is not the installed one.
     """
     require_same_code(terms)
-    given = hash_.strip().lower().replace(" ", "")
-    if len(given) < SHORTEST_HASH or not terms.hash().startswith(given):
+    if not is_hash_of(hash_, terms):
         raise NotAccepted(
             f"The hash {hash_} is not that of these terms ({terms.hash()}). "
             "They may have changed: read them again with `fed-client review`."
         )
     _write(folder.accepted, terms, "accepted_at")
     folder.proposed.unlink(missing_ok=True)
+
+
+def is_hash_of(hash_: str, terms: Terms) -> bool:
+    """Does a person mean these terms by this hash, or by at least 12 digits of it?"""
+    given = hash_.strip().lower().replace(" ", "")
+    return len(given) >= SHORTEST_HASH and terms.hash().startswith(given)
 
 
 def withdraw(folder: HospitalFolder) -> None:

@@ -218,11 +218,14 @@ def _consent(hospital: HospitalFolder, invited: Invitation, accept: str) -> None
     Raises:
         NotAccepted: there is none, and none was given.
     """
-    from client.consent import NotAccepted, accepted_terms, sheet
+    from client.consent import NotAccepted, accepted_terms, is_hash_of, sheet
 
-    terms = _pending(hospital, invited)
-    if terms is None or (accepted_terms(hospital) is not None and not accept):
+    accepted = accepted_terms(hospital)
+    if accepted is not None and (not accept or is_hash_of(accept, accepted)):
         return
+    # a new invitation may hold changed terms, which the coordinator has not proposed otherwise yet
+    offered = [terms for terms in (_pending(hospital, invited), invited.terms) if terms is not None]
+    terms = next((terms for terms in offered if is_hash_of(accept, terms)), offered[0])
     print(sheet(terms, invited))
     if not _agree(hospital, terms, accept):
         raise NotAccepted(
