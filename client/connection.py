@@ -147,7 +147,8 @@ class Connection:
         response = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
         if not response.messages_list:
             return None
-        return message_from_proto(response.messages_list[0]), response.message_object_trees[0]
+        with self._in_words():
+            return message_from_proto(response.messages_list[0]), response.message_object_trees[0]
 
     def fetch(
         self,
@@ -278,7 +279,7 @@ class Connection:
             if reason:
                 raise Refused(f"{self._address}: {reason}") from error
             raise Unreachable(f"{self._address}: {_plain(error)}") from error
-        except ValueError as error:  # not what Flower answers
+        except (ValueError, LookupError) as error:  # not what Flower answers
             raise Unreachable(f"{self._address}: answers in an unknown way.") from error
 
     def _explained(self, response: httpx.Response) -> RuntimeError:

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import queue
+import signal
 import sys
 import threading
 from multiprocessing.connection import Connection
@@ -65,7 +66,10 @@ def _listen(channel: Connection, orders: queue.SimpleQueue[tuple[dict[str, Any],
             order = json.loads(channel.recv_bytes())
             orders.put((order, channel.recv_bytes() if order.get("bytes") else b""))
     except (EOFError, OSError):
-        os._exit(1)  # the parent is gone: whatever is running here has nobody left to run for
+        # the parent is gone: whatever is running here, or was started here, has nobody to run for
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
+        os._exit(1)
 
 
 def _log_to(say: Any) -> None:
