@@ -18,6 +18,7 @@ import flwr
 import httpx
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.proto.fleet_pb2 import PullMessagesRequest
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
@@ -317,6 +318,24 @@ def test_what_cannot_be_read_is_refused(link, monkeypatch):
     with pytest.raises(TooLarge, match="no message"):
         client.fetch(head, content, 10**9)
     assert client.fetch(head, tree, 10**9).content == weights(1)
+
+
+def test_what_is_no_message_at_all_ends_nothing(link):
+    """A client must live through whatever a server answers."""
+    client = link.connect("a")
+    pull = client._client.PullMessages
+    for spoil in (
+        lambda response: setattr(response.messages_list[0].metadata, "message_type", "rm -rf"),
+        lambda response: response.ClearField("message_object_trees"),
+    ):
+        link.send("a")
+        response = pull(PullMessagesRequest(node=client._node))
+        spoil(response)
+        client._client.PullMessages = lambda request, response=response: response
+        assert "in an unknown way" in refusal(Unreachable, client.receive, link.address)
+        client._client.PullMessages = pull
+    link.send("a")
+    assert take(client) is not None
 
 
 def test_a_message_that_was_given_up_meanwhile_is_over(link):

@@ -111,6 +111,14 @@ def test_a_card_a_report_and_an_error_are_counted():
     assert counted.details == {"reason": "kein Gd: größer"}
 
 
+def test_a_departure_is_told_in_a_line():
+    update_ = inspect(reply(update()))
+    size = f"{update_.bytes / 1000:.1f} kB"
+    assert update_.in_words() == f"update of 4 tensors, 329 numbers, {size}"
+    card = inspect(reply(pack_site_card(CARD)))
+    assert card.in_words() == f"card: 4 numbers, {card.bytes / 1000:.1f} kB"
+
+
 def test_whatever_else_is_in_a_reply_is_told_too():
     content = RecordDict({"x": ConfigRecord({"secret": b"\x01\xff", "list": [1, 2], "n": 4})})
     counted = inspect(reply(content))
