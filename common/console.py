@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 import traceback
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130  # exit codes
+DISK_FULL = errno.ENOSPC, errno.EDQUOT
 DEFECT = 70  # exit code of a fault in the program itself, sysexits' EX_SOFTWARE
 PIPED_WIDTH = 10_000  # characters; without a terminal nothing is wrapped or cut
 
@@ -70,7 +72,8 @@ def failing_in_words(
         raise SystemExit(INTERRUPTED) from None
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        complain(name, f"{place}{error.strerror or error}.")
+        remedy = " Free disk space, then type the same again." if error.errno in DISK_FULL else ""
+        complain(name, f"{place}{error.strerror or error}.{remedy}")
         raise SystemExit(FAILED) from None
     except Exception as error:
         from common.config_file import ConfigError

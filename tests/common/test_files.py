@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -139,3 +140,13 @@ def test_lock_is_released_at_the_end_of_the_block_and_after_an_error(tmp_path):
 def test_a_folder_that_cannot_be_locked_is_not_said_to_be_in_use(tmp_path):
     with pytest.raises(OSError, match="No such file"), locked(tmp_path / "none" / "run.lock"):
         pass
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path):
+    def fill(temporary):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left") as full:
+        write_atomically(tmp_path / "model", fill)
+    assert full.value.filename == str(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
