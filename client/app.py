@@ -103,6 +103,12 @@ def answer_train(message: Message, context: Context) -> Message:
     task = unpack_train_task(message.content)
     if not site.trains:
         raise TaskRefused(f"{site.name} only evaluates.")
+    agreed = site.config.training.learning_rate
+    if not 0 < task.learning_rate <= agreed:
+        raise TaskRefused(
+            f"{site.name}: the task's learning rate is {task.learning_rate:g}; "
+            f"agreed is at most {agreed:g}."
+        )
     network = _ready_network(site, task)
     outcome = train(
         network,
@@ -167,6 +173,11 @@ def _ready_network(site: Site, task: TrainTask | EvaluateTask) -> torch.nn.Modul
     if task.config_fingerprint != site.config.fingerprint():
         raise TaskRefused(
             f"{site.name}: the task is for another configuration than the accepted one."
+        )
+    if not 1 <= task.round <= site.config.rounds.number:
+        raise TaskRefused(
+            f"{site.name}: the task is for round {task.round}; agreed are "
+            f"{site.config.rounds.number} rounds."
         )
     use_threads(site.config.training)
     network = _network(site.config)

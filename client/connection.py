@@ -11,6 +11,7 @@ import contextlib
 import email.utils
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any, TypeVar, cast
@@ -48,6 +49,8 @@ from common.keys import fingerprint
 
 FLOWER = "1.41.0"
 TIMEOUT = httpx.Timeout(20.0, connect=10.0)  # seconds, of one step of a request
+ANSWER_SECONDS = 300.0  # for all of one answer: a piece of 5 MB at 140 kbit/s
+LARGEST_ANSWER = 16 * 2**20  # bytes; Flower cuts what it sends into pieces of 5 MB
 LAST_TIMEOUT = httpx.Timeout(3.0)  # when this client is being stopped
 HEARTBEAT_SECONDS = 10  # the least that Flower allows; twice as long without one is "offline"
 CLOCK_AHEAD, CLOCK_BEHIND = 4.0, 295.0  # seconds; Flower refuses 5 s ahead or 305 s behind
@@ -80,9 +83,19 @@ class Connection:
     """One node's session with the coordinator. Not for use by several threads at once."""
 
     def __init__(
-        self, address: str, ca_certificate: str, private_key: ec.EllipticCurvePrivateKey
+        self,
+        address: str,
+        ca_certificate: str,
+        private_key: ec.EllipticCurvePrivateKey,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Does not connect yet. `address` is host:port, `ca_certificate` PEM text."""
+        """Does not connect yet.
+
+        Args:
+            address: host:port, the only one that is ever contacted.
+            ca_certificate: PEM text.
+            check: called again and again while something is under way; may raise to end it.
+        """
         if flwr.__version__ != FLOWER:
             raise RuntimeError(f"fedbrats needs flwr {FLOWER}, found {flwr.__version__}.")
         self._address = address
@@ -96,7 +109,13 @@ class Connection:
                 NodeAuthHttpInterceptor(private_key, private_key.public_key()),
             ],
         )
-        self._client._client.timeout = TIMEOUT
+        self._check = check
+        http = self._client._client
+        http.timeout = TIMEOUT
+        http.follow_redirects = False  # one address, and what it says cannot lead to another
+        http.headers["accept-encoding"] = "identity"  # what is small on the line must stay small
+        http.event_hooks = {"response": [self._bound]}
+        self._pushed = ""  # the head that the coordinator has accepted last
         self._node: Node | None = None
         self._pieces: dict[str, bytes] = {}  # of the last message: often the next holds the same
         self._heartbeat = threading.Thread(target=self._keep_alive, daemon=True)
@@ -155,7 +174,6 @@ class Connection:
         head: Message,
         tree: ObjectTree,
         largest: int,
-        step: Callable[[int], None] = lambda size: None,
     ) -> Message:
         """The whole message, of which at most `largest` bytes of weights are fetched.
 
@@ -164,15 +182,15 @@ class Connection:
 
         Raises:
             Unreachable, Refused
-            TooLarge: there is more.
+            TooLarge: there is more, or it is not what its head announced.
         """
         pieces: dict[str, bytes] = {}
         size = 0
         for number, piece in enumerate(iterate_object_tree(tree)):
             content = self._pieces.get(piece.object_id)
             if content is None:
+                self._check()
                 content = self._piece(head.metadata.run_id, piece.object_id)
-                step(len(content))
             size += len(content)
             if size > largest + LARGEST_OVERHEAD or number > MOST_PIECES:
                 raise TooLarge(f"the message holds more than {largest} bytes of weights.")
@@ -182,12 +200,12 @@ class Connection:
             message = inflate_object_from_contents(tree.object_id, pieces)
         except Exception as error:  # from outside: whatever is wrong with it, refuse it
             raise TooLarge(f"the message cannot be read ({type(error).__name__}).") from error
-        if not isinstance(message, Message):
-            raise TooLarge("what was sent is no message.")
+        if not isinstance(message, Message) or _announced(message) != _announced(head):
+            raise TooLarge("what was sent is not the message that was announced.")
         message.metadata.__dict__["_message_id"] = tree.object_id
         return message
 
-    def send(self, reply: Message, step: Callable[[int], None] = lambda size: None) -> bool:
+    def send(self, reply: Message) -> bool:
         """Send a reply; False if the coordinator does not wait for it any more.
 
         Raises:
@@ -207,10 +225,12 @@ class Connection:
             response = self._call(self._client.PushMessages, request)
             missing = set(response.objects_to_push)
             if not missing:
-                return False
+                return self._pushed == reply.object_id  # only the last answer was lost
+            self._pushed = reply.object_id
             objects = get_all_nested_objects(reply)  # children before parents, so the head is last
             for object_id, piece in objects.items():
                 if object_id in missing:
+                    self._check()
                     content = piece.deflate()
                     pushed = self._call(
                         self._client.PushObject,
@@ -227,7 +247,6 @@ class Connection:
                             f"{self._address}: did not keep a part of the reply (a full disk there, "
                             "or the upload took a pause of over 3 minutes)."
                         )
-                    step(len(content))
         return True
 
     def run(self, run_id: int) -> tuple[str, str]:
@@ -261,6 +280,13 @@ class Connection:
             # what is wrong shows when the next message is asked for
             with contextlib.suppress(Unreachable, Refused, RuntimeError):
                 self._call(self._client.SendNodeHeartbeat, request)
+
+    def _bound(self, response: httpx.Response) -> None:
+        """Before the body is read: it may be neither packed, nor large, nor endless."""
+        if response.headers.get("content-encoding", "identity") != "identity":
+            raise httpx.RemoteProtocolError("the answer is packed")
+        assert isinstance(response.stream, httpx.SyncByteStream)
+        response.stream = _Bounded(response.stream, self._check)
 
     def _call(self, method: Callable[[Any], Result], request: Any) -> Result:
         with self._in_words():
@@ -297,6 +323,8 @@ class Connection:
                 f"({fingerprint(self._key.public_key())}), or has revoked it. Send site.pub to the "
                 "coordinator, who enrols it with `fed-server admit`."
             )
+        if response.is_redirect or 300 <= status < 400:
+            return Refused(f"{self._address}: answers with a redirection, which is not followed.")
         known = FlowerError.from_json(response.text)
         if known is not None and known.code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
             return AlreadyConnected(
@@ -310,6 +338,30 @@ class Connection:
                 f"{self._address}: this is not a fedbrats server (HTTP {status}); check the address."
             )
         return Unreachable(f"{self._address}: the coordinator has a problem (HTTP {status}).")
+
+
+class _Bounded(httpx.SyncByteStream):
+    """An answer's body that ends by `LARGEST_ANSWER` and `ANSWER_SECONDS`, or when it is told to."""
+
+    def __init__(self, stream: httpx.SyncByteStream, check: Callable[[], None]) -> None:
+        self._stream, self._check = stream, check
+
+    def __iter__(self) -> Iterator[bytes]:
+        size, begin = 0, time.monotonic()
+        for part in self._stream:
+            self._check()
+            size += len(part)
+            if size > LARGEST_ANSWER or time.monotonic() - begin > ANSWER_SECONDS:
+                raise httpx.RemoteProtocolError("the answer is too large or too slow")
+            yield part
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _announced(message: Message) -> tuple[Any, ...]:
+    m = message.metadata
+    return m.message_type, m.run_id, m.src_node_id, m.dst_node_id, m.created_at, m.ttl
 
 
 def _certificate_problem(error: BaseException) -> str:

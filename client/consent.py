@@ -7,17 +7,18 @@ differs from the installed one cannot be agreed to: it would not run here anyway
 from __future__ import annotations
 
 import json
+import textwrap
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from client.hospital import HospitalFolder
 from common.code_hash import code_hash
 from common.files import write_text_atomically
 from common.invitation import Invitation
 from common.terms import Terms, changes, terms_from
-
-SHORTEST_HASH = 12  # digits that --accept may be shortened to
 
 
 class NotAccepted(RuntimeError):
@@ -34,6 +35,12 @@ def accepted_terms(folder: HospitalFolder) -> Terms | None:
     return terms_from(stored["terms"]) if stored else None
 
 
+def accepted_at(folder: HospitalFolder) -> str:
+    """When it did, as an ISO time in UTC; "" if it has not."""
+    stored = _read(folder.accepted)
+    return str(stored.get("accepted_at", "")) if stored else ""
+
+
 def proposed_terms(folder: HospitalFolder) -> Terms | None:
     """Terms that the coordinator proposed since, and that await an answer."""
     stored = _read(folder.proposed)
@@ -46,7 +53,9 @@ def propose(folder: HospitalFolder, terms: Terms) -> None:
 
 
 def accept(folder: HospitalFolder, terms: Terms, hash_: str) -> None:
-    """Record the yes to these terms, given by their hash or at least 12 digits of it.
+    """Record the yes to these terms, given by all digits of their hash.
+
+    A part of it would not do: two terms that share the first 12 digits are found in minutes.
 
     Raises:
         NotAccepted: the hash is of other terms, or the code is not the installed one.
@@ -62,9 +71,8 @@ def accept(folder: HospitalFolder, terms: Terms, hash_: str) -> None:
 
 
 def is_hash_of(hash_: str, terms: Terms) -> bool:
-    """Does a person mean these terms by this hash, or by at least 12 digits of it?"""
-    given = hash_.strip().lower().replace(" ", "")
-    return len(given) >= SHORTEST_HASH and terms.hash().startswith(given)
+    """Does a person mean these terms by this hash? Spaces and capitals do not matter."""
+    return hash_.strip().lower().replace(" ", "") == terms.hash()
 
 
 def withdraw(folder: HospitalFolder) -> None:
@@ -119,15 +127,27 @@ CONSENT SHEET of federation "{c.name}" ({terms.federation}) for {invitation.site
    - this site's name, and the numbers of its training, held-out and left-out subjects
    - the mean training loss, seconds and throughput of each round
    - means of the metrics over the held-out subjects, with the number of subjects behind each
-   - the text of an error, free of paths and data
+   - the text of an error or refusal, free of paths and data; that the farewell was heard
+   - as with any connection: this machine's address, when it is connected, this site's public key,
+     the versions of the programs, and the fingerprint of the configuration
+  For each round at most 10 such answers, should connections break; never for an earlier round than
+  the last trained.
   What stays: every scan, segmentation and subject id; results of single subjects.
 
   Privacy       NO differential privacy and NO secure aggregation. Weights and means can reveal
                 facts about training data to the coordinator and to whoever gets the model. A mean
                 over a single held-out subject is that subject's result.
 
+  Everything that the yes covers:
+{_listed(terms)}
+
   Hash of these terms: {terms.hash()}
 """
+
+
+def _listed(terms: Terms) -> str:
+    text = yaml.safe_dump(terms.config.agreed(), sort_keys=False, default_flow_style=None, width=90)
+    return textwrap.indent(text.rstrip(), "    ")
 
 
 def difference(before: Terms, after: Terms) -> str:

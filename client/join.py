@@ -40,6 +40,7 @@ from client.hospital import HospitalFolder
 from client.site_config import SiteConfig
 from client.worker_process import Event, Worker
 from common.code_hash import code_hash
+from common.console import plain
 from common.invitation import Invitation
 from common.keys import load_private_key
 from common.notices import is_farewell, unpack_farewell, unpack_roll_call
@@ -52,6 +53,9 @@ POLL_SECONDS = 0.2  # for the next message, soon after the last
 IDLE_POLL_SECONDS = 1.0
 SOON = 10.0  # seconds
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between attempts to reach the coordinator
+LONGEST_VERDICT = 10_000  # characters
+MOST_ANSWERS = 10  # of one kind for one round: retries after lost connections and restarts
+REFUSED_MINUTES = 5.0  # longest wait, once connected, for a refusal to pass: a clock, a proxy
 OCCUPIED_MINUTES = 3.0  # longest wait for another client with this key to go away
 MARGIN_SECONDS = 30.0  # before the deadline, so that the refusal is there in time
 
@@ -92,11 +96,13 @@ class Membership:
         self._terms = self._accepted()
         self._worker: Worker | None = None
         self._model_bytes = 0
+        self._connection: Connection | None = None  # once it has been open
         self._task: _Task | None = None
         self._runs: dict[int, tuple[str, str]] = {}
         self._recent = 0.0  # when the last message or answer passed
         self._kept: list[Event] = []  # what the worker said while the coordinator was away
         self._trouble = ""
+        self._told = ""  # the hash of the changed terms that were last told of
 
     def stop(self, *_: Any) -> None:
         """Ask `run` to end; safe in a signal handler."""
@@ -146,10 +152,13 @@ class Membership:
 
     def _take_part(self) -> bool:
         key = load_private_key(self._folder.private_key)
-        connection = Connection(self._invitation.address, self._invitation.ca_certificate, key)
+        connection = Connection(
+            self._invitation.address, self._invitation.ca_certificate, key, self._check_stop
+        )
         try:
             self._display.state("connecting", f"connecting to {self._invitation.address}")
             self._persist(connection.open)
+            self._connection = connection
             self._display.state("waiting", f"connected to {self._invitation.address}")
             while True:
                 verdict = self._step(connection)
@@ -157,6 +166,7 @@ class Membership:
                     return verdict
         finally:
             connection.hurry()
+            self._stop.clear()  # for a last word
             if self._task is not None:  # so that nobody waits for it
                 with contextlib.suppress(Exception):
                     reply = self._error(self._task.message, "the site's client was stopped.")
@@ -168,7 +178,7 @@ class Membership:
         """One message, or one event of the worker, or a moment's wait. The farewell's verdict ends it."""
         self._check_stop()
         self._notice_acceptance()
-        received = self._persist(connection.receive, reopen=connection.open)
+        received = self._persist(connection.receive)
         if received is not None:
             self._recent = time.monotonic()
             head, tree = received
@@ -198,13 +208,18 @@ class Membership:
             message = self._persist(lambda: connection.fetch(head, tree, largest))
             if kind == MessageType.QUERY and is_farewell(message.content):
                 return self._farewell(connection, message)
-            if kind == MessageType.QUERY and (reason := self._other_terms(message)):
+            reason = (
+                self._other_terms(message)
+                if kind == MessageType.QUERY
+                else self._too_often(message)
+            )
+            if reason:
                 self._answer(connection, self._error(head, reason))
                 return None
         except RunOver:
             return None
         except (TooLarge, BadMessage) as error:
-            LOG.warning(f"refused: {error}")
+            LOG.warning(f"refused: {plain(str(error))}")
             self._answer(connection, self._error(head, str(error)))
             return None
         self._begin(message)
@@ -219,7 +234,7 @@ class Membership:
         self._worker.order("answer", payload, code=code_hash())
         round_ = _round(message)
         if round_ is not None:
-            words = {MessageType.TRAIN: "training", MessageType.EVALUATE: "evaluating"}[kind]
+            words = "training" if kind == MessageType.TRAIN else "evaluating"
             self._display.state(words, f"round {round_}: {words}", round=round_)
 
     def _watch(self, connection: Connection, seconds: float) -> None:
@@ -275,10 +290,12 @@ class Membership:
         federation, code = self._runs[run_id]
         site = self._invitation.site
         if federation != self._invitation.federation:
-            return self._refusal(f"{site}: the task is of another federation ({federation[:40]}).")
+            return self._refusal(
+                f"{site}: the task is of another federation ({plain(federation, 40)})."
+            )
         if code != code_hash():
             return self._refusal(
-                f"{site}: the task is for other code ({code[:12]}) than is installed here "
+                f"{site}: the task is for other code ({plain(code, 12)}) than is installed here "
                 f"({code_hash()[:12]}); nothing was run. Both sides need the same version."
             )
         if head.metadata.message_type not in (
@@ -297,15 +314,40 @@ class Membership:
         known = consent.proposed_terms(self._folder)
         if known is None or known.hash() != terms.hash():
             consent.propose(self._folder, terms)
-        LOG.warning(
-            "the coordinator has changed the terms:\n"
-            f"{consent.difference(self._terms, terms)}\n"
-            f"Nothing is done for them until you agree: fed-client review {self._folder.path}"
-        )
+        if terms.hash() != self._told:
+            self._told = terms.hash()
+            LOG.warning(
+                "the coordinator has changed the terms:\n"
+                f"{consent.difference(self._terms, terms)}\n"
+                f"Nothing is done for them until you agree: fed-client review {self._folder.path}"
+            )
         self._display.state("terms to review")
         return (
             f"{self._invitation.site}: has not accepted the changed terms yet (fed-client review)."
         )
+
+    def _too_often(self, message: Message) -> str:
+        """Why a task asks for more answers than a federation needs; empty if it does not.
+
+        Many answers about one round tell more about the data than the one that was agreed to.
+        """
+        kind = (
+            outbound.UPDATE
+            if message.metadata.message_type == MessageType.TRAIN
+            else outbound.METRICS
+        )
+        round_ = _round(message)
+        answered = outbound.answered(self._folder.sent, kind, consent.accepted_at(self._folder))
+        site = self._invitation.site
+        if round_ is None:
+            return self._refusal(f"{site}: the task names no round.")
+        if kind == outbound.UPDATE and round_ < max(answered, default=0):
+            return self._refusal(f"{site}: it has trained for later rounds than {round_} already.")
+        if answered.get(round_, 0) >= MOST_ANSWERS:
+            return self._refusal(
+                f"{site}: it has answered {MOST_ANSWERS} times for round {round_}."
+            )
+        return ""
 
     def _notice_acceptance(self) -> None:
         """Changed terms can be accepted, or the acceptance withdrawn, while this runs."""
@@ -334,7 +376,7 @@ class Membership:
             reply = Message(content, reply_to=message)
             outbound.release(reply, self._folder.sent)
             connection.send(reply)
-        LOG.info(f"the federation is over.\n{farewell.verdict}")
+        LOG.info(f"the federation is over.\n{farewell.verdict[:LONGEST_VERDICT]}")
         return farewell.complete
 
     # ------------------------------------------------------------------------------------- the rest
@@ -353,7 +395,7 @@ class Membership:
             return None
         return departure
 
-    def _persist(self, action: Callable[[], Any], reopen: Callable[[], None] | None = None) -> Any:
+    def _persist(self, action: Callable[[], Any]) -> Any:
         """Do it, with growing pauses between attempts, until it works or patience is at an end.
 
         Raises:
@@ -362,22 +404,22 @@ class Membership:
             RunOver, TooLarge: as `action` raises them.
         """
         begin, wait = time.monotonic(), FIRST_WAIT
-        reopened = False
+        refused = False
         while True:
             self._check_stop()
             try:
+                if refused and self._connection is not None:  # the server may have begun anew
+                    with contextlib.suppress(AlreadyConnected):  # it is this client
+                        self._connection.open()
                 result = action()
                 self._reached(again=wait > FIRST_WAIT)
                 return result
             except (RunOver, TooLarge):  # an answer too
                 self._reached(again=wait > FIRST_WAIT)
                 raise
-            except Refused as error:
-                if reopen is None or reopened:
-                    raise JoinFailed(str(error)) from error
-                reopened, action = True, _both(reopen, action)  # the server may have begun anew
-            except Unreachable as error:
+            except (Unreachable, Refused) as error:
                 self._give_up_after(time.monotonic() - begin, error)
+                refused = isinstance(error, Refused)
                 text = f"{error} Trying again."
                 if text != self._trouble:
                     LOG.warning(text)
@@ -391,12 +433,17 @@ class Membership:
         if again:
             LOG.info("connected again")
             self._trouble = ""
+            self._display.set(trouble=None)
             if self._task is None:
                 self._display.state("waiting")
 
-    def _give_up_after(self, seconds: float, error: Unreachable) -> None:
+    def _give_up_after(self, seconds: float, error: Unreachable | Refused) -> None:
         limit = 3600 * self._settings.patience_hours
         remedy = "Ask the coordinator whether the server runs."
+        if isinstance(error, Refused):
+            if self._connection is None:
+                raise JoinFailed(str(error)) from error
+            limit, remedy = min(limit, 60 * REFUSED_MINUTES), ""
         if isinstance(error, AlreadyConnected):
             limit = min(limit, 60 * OCCUPIED_MINUTES)
             remedy = (
@@ -405,7 +452,7 @@ class Membership:
             )
         if seconds > limit:
             raise JoinFailed(
-                f"{error} Given up after {seconds / 60:.0f} minutes. {remedy}"
+                f"{error} Given up after {seconds / 60:.0f} minutes. {remedy}".rstrip()
             ) from error
 
     def _wait(self, seconds: float) -> None:
@@ -459,14 +506,6 @@ def stopping(membership: Membership) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _both(first: Callable[[], None], second: Callable[[], Any]) -> Callable[[], Any]:
-    def both() -> Any:
-        first()
-        return second()
-
-    return both
 
 
 def _id(message: Message) -> str:

@@ -112,6 +112,19 @@ def inspect(reply: Message) -> Departure:
     return Departure(kind, round_, tensors, weights, numbers, size, hash_, details)
 
 
+def answered(record: Path, kind: str, since: str) -> dict[int, int]:
+    """Round -> how many replies of this kind were released since then (ISO time, UTC)."""
+    if not record.exists():
+        return {}
+    with _open(record) as database:
+        rows = database.execute(
+            "SELECT round, count(*) FROM sent WHERE kind = ? AND at >= ? AND round IS NOT NULL"
+            " GROUP BY round",
+            (kind, since),
+        ).fetchall()
+    return dict(rows)
+
+
 def departures(record: Path) -> list[dict[str, Any]]:
     """Everything recorded, in order, as plain JSON types."""
     if not record.exists():

@@ -49,6 +49,7 @@ def prepare_hospital(
     discovery = discover(data, modalities=config.modalities, site=name)
     if not discovery.subjects:
         raise UnusableData(f"{data}: no subject was found.", discovery.findings)
+    cache.mkdir(parents=True, exist_ok=True, mode=0o700)  # prepared scans are scans
     grades = grades_of(discovery.subjects, data)
     site = prepare_site(name, discovery.subjects, grades, config, cache)
     findings = tuple(dict.fromkeys((*discovery.findings, *site.findings)))

@@ -32,7 +32,7 @@ def standard_output() -> Console:
 def start_logging() -> None:
     """fedbrats' own log lines to standard error; Flower's below errors are not for users."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(PlainFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log = logging.getLogger("fedbrats")
     log.handlers = [handler]
     log.setLevel(logging.INFO)
@@ -87,6 +87,19 @@ def failing_in_words(
 
 def complain(name: str, message: str) -> None:
     print(f"{name}: {printable(message)}", file=sys.stderr)
+
+
+def plain(text: str, most: int = 500) -> str:
+    """One line of at most so many characters, for a text that another machine sent."""
+    line = printable(text).replace("\n", " ")
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
+class PlainFormatter(logging.Formatter):
+    """Nothing in a log line can draw over the terminal that shows it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def printable(text: str) -> str:

@@ -18,6 +18,7 @@ from common.wire import decode, encode, encode_change
 
 BLOCK = "weights"  # the one array of a message that carries weights
 STYPE = "safetensors"
+MOST_SUBJECTS = 10**7
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,9 @@ def unpack_site_card(content: RecordDict) -> SiteCard:
         n_left_out=value_of(record, "n_left_out", int),
         config_fingerprint=value_of(record, "config_fingerprint", str),
     )
-    if min(card.n_training, card.n_held_out, card.n_left_out) < 0:
-        raise BadMessage("a number of subjects is negative.")
+    numbers = card.n_training, card.n_held_out, card.n_left_out
+    if min(numbers) < 0 or max(numbers) > MOST_SUBJECTS:
+        raise BadMessage("a number of subjects is negative or impossibly large.")
     if card.trains and card.n_training == 0:
         raise BadMessage("the site says that it trains, on no subject.")
     return card

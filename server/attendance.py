@@ -15,6 +15,7 @@ from datetime import datetime
 
 from flwr.app import Message, MessageType
 
+from common.console import plain
 from common.messages import SiteCard, unpack_site_card
 from common.notices import pack_roll_call
 from common.records import BadMessage
@@ -26,7 +27,7 @@ from server.roll_call import FederationFailed, Roll
 LOG = logging.getLogger("fedbrats")
 CALL_SECONDS = 300.0  # for one roll call: a site's worker may have to start first
 ANSWER_SECONDS = 30.0  # that a round waits for the answer of a site that is connected
-ASK_AGAIN_SECONDS = 5.0  # a site that refused: it may have changed its mind
+ASK_AGAIN_SECONDS = 10.0  # a site that refused: it may have changed its mind
 PAUSE_SECONDS = 0.2
 NOT_CHANGEABLE = ("network.", "modalities", "preprocess.mode", "federation")
 
@@ -66,6 +67,7 @@ class Attendance:
     enrolled: Callable[[], Sequence[str]]
     show: Callable[[Waiting | None], None]
     _called: dict[str, _Called] = field(default_factory=dict)
+    _told: dict[str, str] = field(default_factory=dict)
     _gathered: bool = False
 
     def __call__(self, history: History, number: int) -> Roll:
@@ -144,8 +146,9 @@ class Attendance:
                 for reply in self.grid.pull_messages([called.message_id]):
                     called.message_id = ""
                     called.card, called.reason = self._answer(site, reply)
-                    if called.reason:
+                    if called.reason and called.reason != self._told.get(site):
                         LOG.warning(f"{site} does not take part: {called.reason}")
+                    self._told[site] = called.reason
 
     def _is_due(self, called: _Called | None, contact: Contact, now: float) -> bool:
         if called is None or called.node != contact.node:
@@ -158,13 +161,16 @@ class Attendance:
 
     def _answer(self, site: str, reply: Message) -> tuple[SiteCard | None, str]:
         if reply.has_error():
-            return None, reply.error.reason or "it failed without a reason."
+            return None, plain(reply.error.reason or "") or "it failed without a reason."
         try:
             card = unpack_site_card(reply.content)
         except BadMessage as error:
-            return None, f"its answer to the roll call cannot be used: {error}"
+            return None, f"its answer to the roll call cannot be used: {plain(str(error))}"
         if card.site != site:
-            return None, f"it calls itself {card.site}; its invitation is another site's."
+            return (
+                None,
+                f"it calls itself {plain(card.site, 64)}; its invitation is another site's.",
+            )
         if card.config_fingerprint != self.terms.config.fingerprint():
             return None, "it holds another configuration than the server."
         return card, ""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+LOG = logging.getLogger("fedbrats")
 
 
 @contextmanager
@@ -14,9 +16,14 @@ def every(seconds: float, action: Callable[[], object]) -> Iterator[None]:
     over = threading.Event()
 
     def repeat() -> None:
+        failing = ""
         while not over.wait(seconds):
-            with contextlib.suppress(Exception):  # a busy file, say: the next time will do
+            try:
                 action()
+                failing = ""
+            except Exception as error:  # a busy file, say: the next time will do
+                if failing != (failing := f"{type(error).__name__}: {error}"):
+                    LOG.warning(f"{failing} (tried again in {seconds:g} s)")
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()

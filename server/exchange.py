@@ -9,6 +9,7 @@ from typing import TypeVar
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from common.console import plain
 from common.messages import BadMessage
 
 POLL_SECONDS = 0.05
@@ -38,11 +39,12 @@ def answers(
 def _answer(key: Key, reply: Message, take: Callable[[Key, RecordDict], Answer]) -> Answer | str:
     """A function of its own, so that no reply outlives its turn: each holds a whole model."""
     if reply.has_error():
-        return reply.error.reason or f"it failed without a reason (code {reply.error.code})."
+        said = plain(reply.error.reason or "")
+        return said or f"it failed without a reason (code {reply.error.code})."
     try:
         return take(key, reply.content)
     except BadMessage as error:
-        return f"its reply cannot be used: {error}"
+        return f"its reply cannot be used: {plain(str(error))}"
 
 
 def _await(grid: Grid, message_id: str) -> Message:

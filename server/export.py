@@ -74,7 +74,7 @@ def export_model(
         "sites": [
             {
                 "site": card.site,
-                "training_subjects": card.n_training if card.trains else 0,
+                "training_subjects": card.n_training,
                 "held_out_subjects": card.n_held_out,
                 "left_out_subjects": card.n_left_out,
                 "rounds": list(judged.contributed.get(card.site, ())),
@@ -116,7 +116,7 @@ and all metrics are in model-card.json.
 {rows}
 
 - weights: sha256 {card["model_sha256"]}
-- code: {card["terms"][-1]["terms"]["code_hash"]}
+- code: {", then ".join(dict.fromkeys(t["terms"]["code_hash"] for t in card["terms"]))}
 - federation: {card["federation"]}
 
 ## Limits

@@ -7,12 +7,15 @@ error that says in words why none came (deadline, lost contact, key revoked).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import secrets
+import time
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, cast
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.app.error import Error
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import HEARTBEAT_PATIENCE, SUPERLINK_NODE_ID, ErrorCode
@@ -35,8 +38,11 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supercore.utils import int64_to_uint64
 from sqlalchemy import delete, select, update
 
-LARGEST_REPLY = 2**31  # bytes of one reply
-MOST_PIECES = 10_000  # objects of one reply
+from common.console import plain
+from server.gate import MOST_PIECES
+
+LARGEST_REPLY = 2**31  # bytes
+SECONDS_BETWEEN_LOOKS = 1.0
 WORK = {
     MessageType.QUERY: "answering",
     MessageType.TRAIN: "training",
@@ -60,16 +66,33 @@ class Contact:
 class _Sent:
     message: Message  # without its content
     site: str
+    at: float  # by this process's clock
+    refused: str = ""
 
 
 class LinkGrid(Grid):
     """One run on a link state; sites are nodes named after them (`server.superlink.place_nodes`)."""
 
-    def __init__(self, state: LinkState, run_id: int, *, return_seconds: float) -> None:
+    def __init__(
+        self,
+        state: LinkState,
+        run_id: int,
+        *,
+        return_seconds: float,
+        largest_reply: int = LARGEST_REPLY,
+        own: set[str] | None = None,
+    ) -> None:
+        """`largest_reply` in bytes; `own` is given the ids of all objects that are sent."""
         self._state: Any = state
         self._run_id = run_id
         self._return_seconds = return_seconds
+        self._largest_reply = largest_reply
+        self._own = set() if own is None else own
         self._sent: dict[str, _Sent] = {}
+        self._away: dict[str, float] = {}  # since when a site is offline, by this process's clock
+        self._looked = 0.0
+        # so that nobody can know an object's id before it is sent, and claim it (server.gate)
+        self._nonce = secrets.token_hex(16)
         # Message() stamps sender and run from here
         TaskIdentity.task_id, TaskIdentity.run_id = run_id, run_id
         TaskIdentity.node_id = SUPERLINK_NODE_ID
@@ -150,6 +173,7 @@ class LinkGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies that are there, and error replies for messages that will have none."""
+        self._offer_again()
         replies = []
         for message_id in message_ids:
             reply = self._reply(message_id) or self._given_up(message_id)
@@ -166,22 +190,48 @@ class LinkGrid(Grid):
     # ------------------------------------------------------------------------------------- sending
 
     def _push(self, message: Message, site: str) -> str:
+        for record in message.content.values():
+            if isinstance(record, ConfigRecord):
+                record["nonce"] = self._nonce
         # one transaction: a site must not see the message before all of it is there
         with no_object_id_recompute(), self._state.session():
             message.metadata.__dict__["_message_id"] = message_id = message.object_id
+            objects = get_all_nested_objects(message)
+            self._own.update(objects)
             tree = get_object_tree(message)
             bare = remove_content_from_message(message)
             session = self._state.start_session(self._run_id)
+            self._drop_claims(objects.keys())
             stored, missing = self._state.store_message_and_object_tree(bare, tree, session)
             if not stored:
                 return ""
-            objects = get_all_nested_objects(message)
             for object_id in missing:
                 content = objects[object_id].deflate()
                 if not self._state.store_object(self._run_id, session, object_id, content):
                     raise OSError("the link database cannot be written; the disk may be full")
-        self._sent[message_id] = _Sent(bare, site)
+        self._sent[message_id] = _Sent(bare, site, time.monotonic())
         return message_id
+
+    def _drop_claims(self, own: Collection[str]) -> None:
+        """Refuse replies that name objects which are about to be sent.
+
+        A model may be known to a site from before a restart. Its pieces, announced in a reply with
+        other contents, would be in the way.
+        """
+        for message_id, sent in self._sent.items():
+            reply_id = self._reply_id(message_id)
+            if reply_id is None or sent.refused:
+                continue
+            with contextlib.suppress(NoObjectInStoreError):
+                tree = self._state.object_store.get_object_tree(reply_id)
+                if any(piece.object_id in own for piece in iterate_object_tree(tree)):
+                    self._delete_reply(message_id)
+                    sent.refused = "its reply names an object of the server."
+
+    def _reply_id(self, message_id: str) -> str | None:
+        with self._state.session() as session:
+            mine = MessageRes.reply_to_message_id == message_id
+            return cast("str | None", session.scalar(select(MessageRes.message_id).where(mine)))
 
     # ----------------------------------------------------------------------------------- receiving
 
@@ -199,7 +249,7 @@ class LinkGrid(Grid):
         bare = dict_to_message(values)
         reply_id = bare.metadata.message_id
         if bare.has_error():
-            return bare
+            return self._error(message_id, plain(bare.error.reason or ""))
         try:
             tree = self._state.object_store.get_object_tree(reply_id)
         except NoObjectInStoreError:
@@ -211,8 +261,8 @@ class LinkGrid(Grid):
         for number, piece in enumerate(iterate_object_tree(tree)):
             content = self._state.get_object(self._run_id, piece.object_id)
             size += len(content or b"")
-            if size > LARGEST_REPLY or number > MOST_PIECES:
-                return self._error(message_id, "its reply is larger than any model.")
+            if size > self._largest_reply or number > MOST_PIECES:
+                return self._error(message_id, "its reply is larger than any answer can be.")
             if not content:
                 return None  # still on its way
             contents[piece.object_id] = content
@@ -230,40 +280,61 @@ class LinkGrid(Grid):
         return reply
 
     def _given_up(self, message_id: str) -> Message | None:
-        """An error reply if none can come any more; a task that its site lost is offered again."""
+        """An error reply if none can come any more.
+
+        By this process's clock: one that was suspended, or whose date was set, has not waited.
+        """
         sent = self._sent[message_id]
         metadata = sent.message.metadata
         contact = self.contacts().get(sent.site)
-        now = datetime.now(UTC)
+        now = time.monotonic()
+        if sent.refused:
+            return self._error(message_id, sent.refused)
         if contact is None or contact.node != metadata.dst_node_id:
             return self._error(message_id, "its key was revoked or replaced.")
-        if now.timestamp() > metadata.created_at + metadata.ttl:
+        if now - sent.at > metadata.ttl:
             minutes = metadata.ttl / 60
             return self._error(message_id, f"it did not answer within {minutes:g} minutes.")
-        away = (now - contact.last).total_seconds() if contact.last else 0.0
-        if not contact.online and away > self._return_seconds:
+        if contact.online:
+            self._away.pop(sent.site, None)
+            return None
+        away = now - self._away.setdefault(sent.site, now)
+        if away > self._return_seconds:
             since = f"{contact.last:%H:%M:%S} UTC" if contact.last else "long ago"
             minutes = self._return_seconds / 60
             return self._error(
                 message_id,
                 f"its connection was lost ({since}) and did not return within {minutes:g} minutes.",
             )
-        if contact.activated is not None:
-            self._offer_again(message_id, contact.activated)
         return None
 
-    def _offer_again(self, message_id: str, activated: datetime) -> None:
-        """The client that took the message is gone if another was started since."""
-        with self._state.session() as session:
-            taken = session.scalar(
-                select(MessageIns.delivered_at).where(MessageIns.message_id == message_id)
-            )
-            if taken and datetime.fromisoformat(taken) < activated:
-                session.execute(
-                    update(MessageIns)
-                    .where(MessageIns.message_id == message_id)
-                    .values(delivered_at="")
+    def _offer_again(self) -> None:
+        """Offer a task again whose site has started its client anew since it took it.
+
+        Of all sites, not only of the one whose reply is waited for. What the dead client had sent of
+        a reply is deleted, as it would be in the way of the new one; a whole reply is kept.
+        """
+        if time.monotonic() - self._looked < SECONDS_BETWEEN_LOOKS:
+            return
+        self._looked = time.monotonic()
+        contacts = self.contacts()
+        for message_id, sent in self._sent.items():
+            contact = contacts.get(sent.site)
+            if contact is None or contact.activated is None:
+                continue
+            with self._state.session() as session:
+                taken = session.scalar(
+                    select(MessageIns.delivered_at).where(MessageIns.message_id == message_id)
                 )
+                if not taken or datetime.fromisoformat(taken) >= contact.activated:
+                    continue
+                if self._reply(message_id) is None:
+                    self._delete_reply(message_id)
+                    session.execute(
+                        update(MessageIns)
+                        .where(MessageIns.message_id == message_id)
+                        .values(delivered_at="")
+                    )
 
     def _error(self, message_id: str, reason: str) -> Message:
         error = Error(code=ErrorCode.MESSAGE_UNAVAILABLE, reason=reason)
@@ -272,19 +343,24 @@ class LinkGrid(Grid):
     def _forget(self, message_id: str) -> None:
         """Delete the message and its reply, of which only a part may have arrived."""
         self._sent.pop(message_id, None)
+        with self._state.session():
+            self._delete_reply(message_id)
+            self._state.delete_messages({message_id})
+            self._state.object_store.delete(message_id)
+
+    def _delete_reply(self, message_id: str) -> None:
         with self._state.session() as session:
-            replies = session.scalars(
-                select(MessageRes.message_id).where(MessageRes.reply_to_message_id == message_id)
-            ).all()
+            mine = MessageRes.reply_to_message_id == message_id
+            replies = session.scalars(select(MessageRes.message_id).where(mine)).all()
             uploads = select(ObjectPushSessionRoot.session_id).where(
                 ObjectPushSessionRoot.root_object_id.in_(replies)
             )
             session.execute(
                 delete(ObjectPushSession).where(ObjectPushSession.session_id.in_(uploads))
             )
-            self._state.delete_messages({message_id})
-            for object_id in (message_id, *replies):
-                self._state.object_store.delete(object_id)
+            session.execute(delete(MessageRes).where(mine))
+            for reply_id in replies:
+                self._state.object_store.delete(reply_id)
 
 
 def _time(text: str) -> datetime | None:

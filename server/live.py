@@ -21,7 +21,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 
-from common.console import standard_output
+from common.console import printable, standard_output
 from common.files import write_text_atomically
 from common.metrics import mean_dice
 from server.attendance import Waiting
@@ -169,7 +169,8 @@ def _lines_above(console: Console) -> Iterator[None]:
 
     class Above(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            console.print(escape(f"{datetime.now():%H:%M:%S} {self.format(record)}"))
+            line = printable(f"{datetime.now():%H:%M:%S} {self.format(record)}")
+            console.print(escape(line))
 
     before = LOG.handlers
     LOG.handlers = [Above()]

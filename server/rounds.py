@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from common.config import FederationConfig
+from common.console import plain
 from common.messages import (
     EvaluateTask,
     SiteCard,
@@ -43,6 +45,8 @@ from server.roll_call import FederationFailed, Roll, call_roll, same_run
 from server.schedule import learning_rate, should_stop
 
 LOG = logging.getLogger("fedbrats")
+LARGEST = 1e9  # of a reported loss, time or distance
+MOST_METRICS = 200
 
 
 def run_rounds(
@@ -264,8 +268,8 @@ def _refuse(update: SiteUpdate, card: SiteCard, task: TrainTask, max_change: flo
         return f"its update is from {update.site} for round {update.round}."
     if update.n_training != card.n_training:
         return f"it trained on {update.n_training} subjects but announced {card.n_training}."
-    if not all(map(math.isfinite, (update.loss, update.seconds, update.samples_per_second))):
-        return "its training loss, time or throughput is not a finite number."
+    if not all(abs(x) <= LARGEST for x in (update.loss, update.seconds, update.samples_per_second)):
+        return "its training loss, time or throughput is not a possible number."
     try:
         check_update(update.weights, task.weights)
     except BadWeights as error:
@@ -283,11 +287,21 @@ def _refuse_report(report: SiteReport, card: SiteCard, number: int) -> str:
         return f"its report is from {report.site} for round {report.round}."
     if metrics.n != card.n_held_out:
         return f"it evaluated {metrics.n} subjects but announced {card.n_held_out}."
-    if not math.isfinite(metrics.means.get("loss", math.nan)):
-        return "its validation loss is not a finite number."
-    if not 0 <= mean_dice(metrics) <= 1 or any(map(math.isinf, metrics.means.values())):
-        return "its metrics are missing or not possible."
+    if not abs(metrics.means.get("loss", math.nan)) <= LARGEST:
+        return "its validation loss is not a possible number."
+    impossible = [name for name, mean in metrics.means.items() if not _possible(name, mean)]
+    if len(metrics.means) > MOST_METRICS or impossible or not 0 <= mean_dice(metrics) <= 1:
+        return f"its metrics are missing or not possible ({plain(', '.join(impossible), 80)})."
     return ""
+
+
+def _possible(name: str, mean: float) -> bool:
+    if not re.fullmatch(r"[A-Za-z0-9_/-]{1,40}", name):
+        return False
+    if math.isnan(mean):
+        return True  # undefined for every subject
+    largest = LARGEST if name == "loss" or name.startswith("hd95/") else 1.0
+    return (-largest if name == "loss" else 0.0) <= mean <= largest
 
 
 def _enough(

@@ -8,6 +8,7 @@ happen inside the commands.
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,12 +33,16 @@ def start(folder: Folder) -> None:
         from server.checkpoint import RunFolder
         from server.coordinator import load_coordinator
         from server.history import History
+        from server.start import Stopped
         from server.start import start as serve
         from server.tables import final_table
 
         coordinator = load_coordinator(folder)
         try:
             judged = serve(coordinator)
+        except Stopped as stopped:
+            print(f"fed-server: {stopped}", file=sys.stderr)
+            raise typer.Exit(FAILED) from None
         finally:
             _print_verdict(coordinator.run)
         with History(RunFolder(coordinator.run).history) as history:
@@ -176,7 +181,6 @@ def _foreseen() -> tuple[type[Exception], ...]:
     from server.enrolment import EnrolmentError
     from server.history import HistoryError
     from server.roll_call import FederationFailed
-    from server.start import Stopped
     from server.superlink import CannotListen
 
     return (
@@ -189,5 +193,4 @@ def _foreseen() -> tuple[type[Exception], ...]:
         EnrolmentError,
         FederationFailed,
         HistoryError,
-        Stopped,
     )

@@ -7,6 +7,7 @@ run's history and checkpoints, never in the link database, whose runs end with t
 from __future__ import annotations
 
 import logging
+import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -18,8 +19,11 @@ from flwr.app import Message, MessageType
 from flwr.server.superlink.linkstate import LinkState
 from sqlalchemy.exc import SQLAlchemyError
 
+from common.console import PlainFormatter
 from common.files import locked, write_text_atomically
+from common.model import initial_weights
 from common.notices import Farewell, pack_farewell
+from common.wire import encode
 from server import enrolment
 from server.attendance import Attendance, note_terms
 from server.background import every
@@ -37,10 +41,12 @@ from server.tables import Verdict, results_json, verdict
 LOG = logging.getLogger("fedbrats")
 RENEW_DAYS = 30
 FAREWELL_SECONDS = 15.0  # that sites have to hear the end
+REPLY_OVERHEAD = 2**20  # bytes of a reply beside the weights
+OPEN_FILES = 4096
 
 
-class Stopped(RuntimeError):
-    """Somebody asked the server to stop."""
+class Stopped(BaseException):
+    """Somebody asked the server to stop. Like KeyboardInterrupt, nothing on the way may swallow it."""
 
 
 def start(folder: CoordinatorFolder) -> Verdict:
@@ -55,6 +61,7 @@ def start(folder: CoordinatorFolder) -> Verdict:
         Stopped: by SIGTERM or Ctrl-C.
     """
     _quieten_flower()
+    _allow_many_files()
     with locked(folder.lock), _stopping():
         stated = terms(folder)
         config = stated.config
@@ -63,7 +70,8 @@ def start(folder: CoordinatorFolder) -> Verdict:
         run.path.mkdir(exist_ok=True)
         with History(run.history) as history:
             done = history.final() is not None
-            note_terms(history, stated)
+            if not done:  # else the terms of the model stay those that it was trained under
+                note_terms(history, stated)
             before = len(history.rounds())
         if done:
             LOG.info("the federation is complete; there is nothing left to do")
@@ -75,12 +83,19 @@ def start(folder: CoordinatorFolder) -> Verdict:
         try:
             factory = open_link_state(folder.superlink)
             state = factory.state()
-            place_nodes(state, _keys(folder))
+            sites = _Enrolled(folder, state)
             run_id = begin_run(state, stated.federation, stated.code_hash)
-            grid = LinkGrid(state, run_id, return_seconds=60 * config.server.return_minutes)
+            own: set[str] = set()
+            grid = LinkGrid(
+                state,
+                run_id,
+                return_seconds=60 * config.server.return_minutes,
+                largest_reply=len(encode(initial_weights(config))) + REPLY_OVERHEAD,
+                own=own,
+            )
             board = Board(
                 folder.status,
-                lambda: [site.name for site in enrolment.active(folder.enrolled)],
+                lambda: sites.names,
                 grid.contacts,
                 grid.doing,
                 rounds=config.rounds.number,
@@ -89,16 +104,12 @@ def start(folder: CoordinatorFolder) -> Verdict:
                 address=host_and_port(config),
                 terms=stated.hash(),
             )
-            attend = Attendance(
-                grid,
-                stated,
-                lambda: [site.name for site in enrolment.active(folder.enrolled)],
-                board.waiting,
-            )
+            attend = Attendance(grid, stated, lambda: sites.names, board.waiting)
+            app = fleet_app(factory, own)
             files = folder.server_certificate, folder.server_key
             with (
-                listening(fleet_app(factory), config.server.listen, config.server.port, *files),
-                _enrolling(folder, state),
+                listening(app, config.server.listen, config.server.port, *files),
+                every(1.0, sites.refresh),
                 showing(board),
             ):
                 LOG.info(
@@ -113,8 +124,10 @@ def start(folder: CoordinatorFolder) -> Verdict:
                         attend=attend,
                         attempts=config.server.attempts,
                     )
-                finally:
-                    judged = _write_results(run)
+                except FederationFailed:
+                    _write_results(run)  # what was reached can be looked at
+                    raise
+                judged = _write_results(run)
                 _say_farewell(grid, judged)
         except SQLAlchemyError as error:
             reason = str(getattr(error, "orig", error))
@@ -130,6 +143,9 @@ def _quieten_flower() -> None:
     log = logging.getLogger("flwr")
     log.setLevel(logging.ERROR)
     log.addFilter(_is_own_fault)
+    for handler in log.handlers:
+        handler.setFormatter(PlainFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
 
 
 def _is_own_fault(record: logging.LogRecord) -> bool:
@@ -149,24 +165,29 @@ def _require_certificate(folder: CoordinatorFolder, address: str) -> None:
         )
 
 
-def _keys(folder: CoordinatorFolder) -> dict[str, Any]:
-    return {site.name: site.key() for site in enrolment.active(folder.enrolled)}
+class _Enrolled:
+    """The enrolled sites; `admit` and `revoke` take effect within a second or two of `refresh`."""
+
+    def __init__(self, folder: CoordinatorFolder, state: LinkState) -> None:
+        self._folder, self._state = folder, state
+        self._placed: set[enrolment.EnrolledSite] = set()
+        self.names: tuple[str, ...] = ()
+        self.refresh()
+
+    def refresh(self) -> None:
+        sites = set(enrolment.active(self._folder.enrolled))
+        if sites != self._placed:
+            place_nodes(self._state, {site.name: site.key() for site in sites})
+            self._placed = sites
+            self.names = tuple(sorted(site.name for site in sites))
 
 
-@contextmanager
-def _enrolling(folder: CoordinatorFolder, state: LinkState) -> Iterator[None]:
-    """`admit` and `revoke` take effect while the server runs, within a second or two."""
-    placed = set(enrolment.active(folder.enrolled))
-
-    def place() -> None:
-        nonlocal placed
-        now = set(enrolment.active(folder.enrolled))
-        if now != placed:
-            place_nodes(state, {site.name: site.key() for site in now})
-            placed = now
-
-    with every(1.0, place):
-        yield
+def _allow_many_files() -> None:
+    """Every connection is an open file; the usual limit of 1024 is the machine's default, not its end."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _say_farewell(grid: LinkGrid, judged: Verdict) -> None:

@@ -2,7 +2,8 @@
 
 A stock `flower-superlink` serves four interfaces on one port, and the one that starts, stops and
 lists runs asks nobody who they are. Here that interface, the runtime's and the package store do not
-exist: `ALLOWED` is everything that is served, over TLS, and all but `/health` only to enrolled keys.
+exist: `server.gate` lets through a short list of paths, over TLS, and all but `/health` only for
+enrolled keys.
 Runs are driven inside this process (`server.link_grid`), so there is no control port at all.
 
 Built from private modules of Flower, hence for one exact version of it, checked when a link starts.
@@ -11,122 +12,65 @@ Built from private modules of Flower, hence for one exact version of it, checked
 from __future__ import annotations
 
 import contextlib
-import logging
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from base64 import b64decode
+from collections.abc import Container, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import flwr
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
-from fastapi import FastAPI, HTTPException, Request
-from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, Status
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest
+from fastapi import FastAPI
+from flwr.common.constant import (
+    NOOP_ACCOUNT_NAME,
+    NOOP_FLWR_AID,
+    SYSTEM_TIME_TOLERANCE,
+    TIMESTAMP_HEADER,
+    TIMESTAMP_TOLERANCE,
+    Status,
+)
 from flwr.server.superlink.linkstate import LinkState, LinkStateFactory
-from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
+from flwr.supercore.constant import (
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
+    FLEET_HTTP_SIGNATURE_HEADER,
+    NOOP_FEDERATION_ID,
+    NodeStatus,
+    TaskType,
+)
 from flwr.supercore.date import now
 from flwr.supercore.error import http_error_translator
 from flwr.supercore.object_store import ObjectStoreFactory
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.primitives.asymmetric import (
+    bytes_to_public_key,
+    public_key_to_bytes,
+    verify_signature,
+)
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
 from flwr.supercore.routers import health
 from flwr.supercore.state.schema.corestate_models import Task as TaskRow
 from flwr.supercore.state.schema.linkstate_models import Node as NodeRow
 from flwr.supercore.utils import uint64_to_int64
-from flwr.superlink.dependencies.linkstate import get_linkstate
 from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 from flwr.superlink.routers.fleet.router import router as fleet_router
-from sqlalchemy import update
-from starlette.concurrency import run_in_threadpool
+from sqlalchemy import event, update
 from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
-from starlette.responses import Response
+from starlette.middleware.base import BaseHTTPMiddleware
 
-LOG = logging.getLogger("fedbrats")
+from server.gate import Gate, Limited
+
 FLOWER = "1.41.0"
-ALLOWED = frozenset(
-    {"/health"}
-    | {
-        f"/v1/fleet/{name}"
-        for name in (
-            "activate-node",
-            "deactivate-node",
-            "send-node-heartbeat",
-            "pull-messages",
-            "push-messages",
-            "get-run",
-            "push-object",
-            "pull-object",
-        )
-    }
-)
-LARGEST_REQUEST = 16 * 2**20  # bytes; Flower cuts what it sends into pieces of 5 MB
 KEEP_ALIVE_SECONDS = 75
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+BUSY_SECONDS = 60  # that one transaction may wait for another
 
 
 class CannotListen(RuntimeError):
     """The address or port cannot be used; the text says why and what to do."""
-
-
-class Gate:
-    """The outermost layer: serves `ALLOWED` and nothing else, and bounds what one request may hold."""
-
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            return await self._app(scope, receive, send)
-        if scope["type"] != "http" or scope["path"] not in ALLOWED:
-            return await _refuse(404, scope, send)
-        length = dict(scope["headers"]).get(b"content-length", b"")
-        if scope["method"] == "POST" and not length.isdigit():
-            return await _refuse(411, scope, send)
-        if length.isdigit() and int(length) > LARGEST_REQUEST:
-            return await _refuse(413, scope, send)
-        return await self._app(scope, receive, send)
-
-
-async def _refuse(status: int, scope: Scope, send: Send) -> None:
-    if scope["type"] != "http":
-        return
-    headers = [(b"content-length", b"0"), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": b""})
-
-
-class EnrolledOnly(NodeAuthMiddleware):
-    """Flower's authentication, and 401 in two more cases: a client that begins with a key that is not
-    enrolled, and a reply in another node's name.
-
-    Flower lets the first pass, and then fails with the words that it has for a second client with
-    one key, so a client could not tell which it is. Of the second it looks at no sender.
-    """
-
-    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
-        async def enrolled(request: Request) -> Response:
-            asked = getattr(request.state, "protobuf_request", None)
-            if isinstance(asked, ActivateNodeRequest):
-                find = get_linkstate(request).get_node_id_by_public_key
-                if await run_in_threadpool(find, asked.public_key) is None:
-                    raise HTTPException(status_code=401)
-            if isinstance(asked, PushMessagesRequest) and any(
-                message.metadata.src_node_id != asked.node.node_id
-                for message in asked.messages_list
-            ):
-                raise HTTPException(status_code=401)
-            return await call_next(request)
-
-        return await super().dispatch(request, enrolled)
 
 
 def open_link_state(database: Path) -> LinkStateFactory:
@@ -140,11 +84,19 @@ def open_link_state(database: Path) -> LinkStateFactory:
     store = ObjectStoreFactory(str(database))
     factory = LinkStateFactory(str(database), NoOpFederationManager(), store)
     database.touch(mode=0o600)
-    state = factory.state()
+    state: Any = factory.state()
+    for engine in (state._engine, state.object_store._engine):
+        # a disk that stalls, or a large upload, must not be taken for a broken database
+        event.listen(engine, "connect", _wait_patiently)
+        engine.dispose()
     for run in state.get_run_info():
         if run.status.status != Status.FINISHED:
             state.stop_run(run.run_id)
     return factory
+
+
+def _wait_patiently(connection: Any, _: Any) -> None:
+    connection.execute(f"PRAGMA busy_timeout = {1000 * BUSY_SECONDS}")
 
 
 def begin_run(state: LinkState, federation: str, code_hash: str) -> int:
@@ -191,8 +143,11 @@ def place_nodes(state: LinkState, keys: Mapping[str, ec.EllipticCurvePublicKey])
             state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_key, 0, name=site)
 
 
-def fleet_app(factory: LinkStateFactory) -> Gate:
-    """What hospitals reach: Flower's fleet routes behind its node authentication, and the gate."""
+def fleet_app(factory: LinkStateFactory, own: Container[str] = ()) -> Gate:
+    """What hospitals reach: Flower's fleet routes behind its node authentication, and the gate.
+
+    `own` holds the ids of the objects that the server has sent (`server.link_grid`).
+    """
     app = FastAPI(
         docs_url=None,
         redoc_url=None,
@@ -200,7 +155,7 @@ def fleet_app(factory: LinkStateFactory) -> Gate:
         middleware=[
             Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
             Middleware(ProtobufTranslationMiddleware),
-            Middleware(EnrolledOnly),
+            Middleware(NodeAuthMiddleware),
         ],
     )
     app.state.linkstate_factory = factory
@@ -208,7 +163,22 @@ def fleet_app(factory: LinkStateFactory) -> Gate:
     app.state.fleet_event_log_plugin = None
     app.include_router(health.router)
     app.include_router(fleet_router)
-    return Gate(app)
+    return Gate(app, lambda headers: _is_signed(factory.state(), headers), own)
+
+
+def _is_signed(state: LinkState, headers: Mapping[str, str]) -> bool:
+    """By an enrolled key, over a recent time: Flower's own check, before anything else is read."""
+    try:
+        public_key = b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER], validate=True)
+        signature = b64decode(headers[FLEET_HTTP_SIGNATURE_HEADER], validate=True)
+        timestamp = headers[TIMESTAMP_HEADER]
+        age = (now() - datetime.fromisoformat(timestamp)).total_seconds()
+        key = bytes_to_public_key(public_key)
+    except Exception:  # from outside: whatever is wrong with it
+        return False
+    recent = -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
+    known = recent and state.get_node_id_by_public_key(public_key) is not None
+    return known and verify_signature(key, timestamp.encode(), signature)
 
 
 @contextlib.contextmanager
@@ -238,6 +208,7 @@ def listening(app: Gate, host: str, port: int, certificate: Path, key: Path) -> 
         app,
         ssl_certfile=str(certificate),
         ssl_keyfile=str(key),
+        http=Limited,
         log_config=None,
         access_log=False,
         server_header=False,

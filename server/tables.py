@@ -50,12 +50,13 @@ class Verdict:
 def verdict(history: History) -> Verdict:
     """From the recorded rounds alone, so that it says what happened, not what was planned."""
     records = history.rounds()
-    training = [card.site for card in history.sites() if card.trains]
+    training = {card.site for card in history.sites() if card.trains}
+    training |= {c.site for r in records for c in r.contributions if c.trained}
     contributed = {
         site: tuple(
             r.round for r in records if any(c.site == site and c.trained for c in r.contributions)
         )
-        for site in training
+        for site in sorted(training)
     }
     absent = []
     for r in records:
@@ -176,7 +177,16 @@ def results_document(history: History) -> dict[str, Any]:
 
 
 def results_json(history: History) -> str:
-    return json.dumps(results_document(history), indent=1, allow_nan=False)
+    return json.dumps(_finite(results_document(history)), indent=1, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: what is no number becomes null."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -22,9 +22,8 @@ from sqlalchemy import text
 
 from client.connection import Refused
 from common.keys import new_private_key
+from server.gate import ALLOWED, LARGEST_REQUEST
 from server.superlink import (
-    ALLOWED,
-    LARGEST_REQUEST,
     CannotListen,
     begin_run,
     listening,
