@@ -1,0 +1,218 @@
+"""The sheet says what the terms say, and a yes is to exactly these terms and to code that is here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+
+from client import consent
+from client.consent import (
+    NotAccepted,
+    accept,
+    accepted_terms,
+    difference,
+    propose,
+    proposed_terms,
+    require_same_code,
+    sheet,
+    withdraw,
+)
+from common.code_hash import code_hash
+from common.terms import BadTerms, Terms
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def refusal(action) -> str:
+    with pytest.raises(NotAccepted) as caught:
+        action()
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------- the sheet
+
+
+def test_the_sheet_says_the_values_of_the_terms(terms, invitation):
+    config = terms.config
+    text = words(sheet(terms, invitation))
+    for value in (
+        f'federation "{config.name}" ({terms.federation}) for Oslo',
+        "Coordinator 127.0.0.1:1",
+        f"Its CA {invitation.ca_digits()}",
+        f"Code {code_hash()[:12]}",
+        "Network unet, feature maps 2, 2, 2, 2, 2, instance norm",
+        f"Data modalities {', '.join(config.modalities)}",
+        f"Dice + {config.loss.focal_weight:g} x focal (gamma {config.loss.gamma:g})",
+        "at most 3 rounds of 1 epochs",
+        "30% of the subjects are held out",
+        "its change since the round's model, rounded to 16-bit numbers",
+        "NO differential privacy and NO secure aggregation",
+        f"Hash of these terms: {terms.hash()}",
+    ):
+        assert value in text, value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("rounds.updates", "fp32", "the network's weights (whole, as 32-bit numbers)"),
+        ("rounds.number", "77", "at most 77 rounds"),
+        ("training.epochs", "5", "rounds of 5 epochs"),
+        ("preprocess.shape", "[64, 32, 32]", "volumes resampled to 64 x 32 x 32 voxels"),
+        ("held_out_fraction", "0.25", "25% of the subjects"),
+        ("loss.focal_weight", "0.125", "Dice + 0.125 x focal"),
+        ("loss.gamma", "3", "(gamma 3)"),
+        ("modalities", "[t2, flair]", "modalities t2, flair"),
+        ("network.name", "residual_unet", "Network residual_unet"),
+        ("name", "other-name", 'federation "other-name"'),
+    ],
+)
+def test_the_sheet_follows_every_change(terms, invitation, tiny_config, key, value, said):
+    before = words(sheet(terms, invitation))
+    assert said not in before
+    other = replace(terms, config=tiny_config(f"{key}={value}"))
+    after = words(sheet(other, invitation))
+    assert said in after
+    assert other.hash() in after
+
+
+def test_the_sheet_names_everything_that_an_answer_holds(terms, invitation):
+    """Each number of every answer, as `common.messages` packs it, is one of the lines."""
+    from dataclasses import fields
+
+    from common.messages import SiteCard, SiteReport, SiteUpdate
+
+    said = {
+        "site": "this site's name",
+        "n_training": "the numbers of its training, held-out and left-out subjects",
+        "n_held_out": "the numbers of its training, held-out and left-out subjects",
+        "n_left_out": "the numbers of its training, held-out and left-out subjects",
+        "loss": "the mean training loss",
+        "seconds": "seconds",
+        "samples_per_second": "throughput",
+        "weights": "the network's weights",
+        "metrics": "means of the metrics over the held-out subjects, with the number of subjects",
+    }
+    no_fact_of_the_site = {"round", "config_fingerprint", "trains"}
+    text = words(sheet(terms, invitation)).partition("What leaves this building")[2]
+    sent = {f.name for answer in (SiteCard, SiteUpdate, SiteReport) for f in fields(answer)}
+    assert sent == said.keys() | no_fact_of_the_site
+    for words_ in said.values():
+        assert words_ in text
+
+
+def test_patches_are_told_with_their_size(terms, invitation, tiny_config):
+    other = replace(terms, config=tiny_config("preprocess.mode=patches"))
+    patch = " x ".join(map(str, other.config.training.patch))
+    assert f"patches of {patch} voxels" in words(sheet(other, invitation))
+
+
+# ---------------------------------------------------------------------------------- the yes
+
+
+def test_a_yes_by_hash_or_the_beginning_of_it(hospital, terms):
+    full = terms.hash()
+    spellings = (
+        full,
+        full[:12],
+        full[:40],
+        full.upper(),
+        f"  {full[:12]}\n",
+        f"{full[:4]} {full[4:8]} {full[8:16]}",
+    )
+    for given in spellings:
+        assert accepted_terms(hospital) is None
+        begin = datetime.now(UTC).replace(microsecond=0)
+        accept(hospital, terms, given)
+        assert accepted_terms(hospital) == terms
+        record = json.loads(hospital.accepted.read_text())
+        assert record["hash"] == full
+        assert begin <= datetime.fromisoformat(record["accepted_at"]) <= datetime.now(UTC)
+        withdraw(hospital)
+
+
+def test_anything_else_is_no_yes(hospital, terms):
+    full = terms.hash()
+    other = "0" if full[11] != "0" else "1"
+    for given in ("", full[:11], full[1:20], full + "0", full[:11] + other, "yes", "x" * 64):
+        text = refusal(lambda given=given: accept(hospital, terms, given))
+        assert full in text
+        assert "fed-client review" in text
+    assert accepted_terms(hospital) is None
+    assert not hospital.accepted.exists()
+
+
+def test_terms_of_other_code_cannot_be_accepted(hospital, terms):
+    other = replace(terms, code_hash="c0de" * 16)
+    text = refusal(lambda: accept(hospital, other, other.hash()))
+    assert "c0dec0dec0de" in text
+    assert code_hash()[:12] in text
+    assert "same version" in text
+    assert not hospital.accepted.exists()
+    require_same_code(terms)
+
+
+def test_a_yes_to_proposed_terms_settles_the_proposal(accepted, terms, tiny_config):
+    other = replace(terms, config=tiny_config("rounds.number=9"))
+    assert proposed_terms(accepted) is None
+    propose(accepted, other)
+    assert proposed_terms(accepted) == other
+    assert accepted_terms(accepted) == terms, "until there is a yes, the old ones hold"
+    accept(accepted, other, other.hash())
+    assert proposed_terms(accepted) is None
+    assert accepted_terms(accepted) == other
+    propose(accepted, terms)
+    withdraw(accepted)
+    assert (accepted_terms(accepted), proposed_terms(accepted)) == (None, None)
+    withdraw(accepted)
+
+
+def test_damaged_records_are_named_with_a_remedy(accepted):
+    for text in ("", "{", "[]", "5", '{"terms": 5}', "{}", "\x00"):
+        accepted.accepted.write_text(text)
+        said = refusal(lambda: accepted_terms(accepted))
+        assert str(accepted.accepted) in said
+        assert "delete it" in said
+    accepted.accepted.write_bytes(b"\xff\xfe")
+    assert "cannot be read" in refusal(lambda: accepted_terms(accepted))
+
+
+def test_a_record_of_another_version_is_named(accepted, terms):
+    document = terms.document()
+    document["config"]["no_such_key"] = 1
+    accepted.accepted.write_text(json.dumps({"terms": document}))
+    with pytest.raises(BadTerms, match="no_such_key"):
+        accepted_terms(accepted)
+
+
+# -------------------------------------------------------------------------------- the difference
+
+
+def test_every_changed_value_is_a_line(terms, tiny_config):
+    other = Terms(
+        terms.federation,
+        "ab" * 32,
+        tiny_config("rounds.number=9", "loss.gamma=3", "modalities=[t2]", "name=changed"),
+    )
+    before = terms.config
+    assert set(difference(terms, other).splitlines()) == {
+        f'  code_hash: {json.dumps(code_hash())[:57]}... -> "{"ab" * 28}...',
+        "  rounds.number: 3 -> 9",
+        f"  loss.gamma: {json.dumps(before.loss.gamma)} -> 3.0",
+        f'  modalities: {json.dumps(list(before.modalities))} -> ["t2"]',
+        f'  name: "{before.name}" -> "changed"',
+    }
+    assert difference(terms, terms) == "  nothing"
+
+
+def test_long_values_are_cut(terms, tiny_config):
+    other = replace(terms, config=tiny_config("name=" + "n" * 60))
+    (line,) = difference(terms, other).splitlines()
+    assert line.endswith("n...")
+    assert len(line) < 150
+    assert consent.SHORTEST_HASH == 12

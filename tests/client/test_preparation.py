@@ -1,0 +1,90 @@
+"""A hospital's scans made ready: the same subjects as a simulation's, or words about what is wrong."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from client.preparation import UnusableData, prepare_hospital
+from client.site import load_site
+from sites.institutions import grades_of
+from sites.site_cohort import prepare_site
+from sites.subject import discover
+
+
+def prepare(data: Path, tmp_path: Path, config, cache: Path):
+    return prepare_hospital("Oslo", data, cache, tmp_path / "state", config)
+
+
+@pytest.fixture
+def own_data(cohort_data, tmp_path) -> Path:
+    """Five subjects that a test may spoil."""
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for subject in sorted({s.folder for s in discover(cohort_data).subjects})[:5]:
+        shutil.copytree(subject, folder / subject.name)
+    return folder
+
+
+def test_what_is_prepared_is_what_a_simulation_would_prepare(
+    cohort_data, cohort_cache, tmp_path, tiny_config
+):
+    config = tiny_config()
+    done = prepare(cohort_data, tmp_path, config, cohort_cache)
+    found = discover(cohort_data, modalities=config.modalities, site="Oslo")
+    grades = grades_of(found.subjects, cohort_data)
+    expected = prepare_site("Oslo", found.subjects, grades, config, cohort_cache)
+    site = load_site(tmp_path / "state")
+    assert (site.name, site.trains, site.config) == ("Oslo", True, config)
+    assert [s.id for s in site.training] == [s.id for s in expected.training]
+    assert [s.id for s in site.held_out] == [s.id for s in expected.held_out]
+    assert (done.n_training, done.n_held_out) == (len(site.training), len(site.held_out))
+    assert done.n_training + done.n_held_out == 18
+    assert done.n_left_out == 0
+    again = prepare(cohort_data, tmp_path, config, cohort_cache)
+    assert again == done
+
+
+def test_a_subject_that_cannot_be_used_is_left_out_or_refused_as_agreed(
+    own_data, tmp_path, tiny_config
+):
+    bad = sorted(own_data.iterdir())[0]
+    next(bad.glob("*_seg.nii*")).write_bytes(b"no scan")
+    cache = tmp_path / "cache"
+    with pytest.raises(UnusableData, match="1 subjects cannot be used") as caught:
+        prepare(own_data, tmp_path, tiny_config("on_bad_subject=refuse"), cache)
+    assert {f.subject for f in caught.value.findings if f.severity == "error"} == {bad.name}
+    assert "on_bad_subject: refuse" in str(caught.value)
+    assert not (tmp_path / "state").exists()
+
+    done = prepare(own_data, tmp_path, tiny_config("on_bad_subject=skip"), cache)
+    assert done.n_left_out == 1
+    assert done.n_training + done.n_held_out == 4
+    site = load_site(tmp_path / "state")
+    assert site.left_out.keys() == {bad.name}
+    assert bad.name not in {s.id for s in (*site.training, *site.held_out)}
+
+
+def test_a_folder_without_subjects_is_named(tmp_path, tiny_config):
+    def text(data: Path) -> str:
+        with pytest.raises(UnusableData) as caught:
+            prepare(data, tmp_path, tiny_config(), tmp_path / "cache")
+        return str(caught.value)
+
+    gone = tmp_path / "gone"
+    assert text(gone) == f"{gone} is no folder; correct `data` in site.yaml."
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert text(empty) == f"{empty}: no subject was found."
+
+
+def test_a_folder_in_which_nothing_can_be_used_is_named_with_all_findings(
+    own_data, tmp_path, tiny_config
+):
+    for path in own_data.rglob("*_seg.nii*"):
+        path.write_bytes(b"no scan")
+    with pytest.raises(UnusableData, match="no subject can be used") as caught:
+        prepare(own_data, tmp_path, tiny_config("on_bad_subject=skip"), tmp_path / "cache")
+    assert len({f.subject for f in caught.value.findings}) == 5

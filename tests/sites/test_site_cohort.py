@@ -1,0 +1,94 @@
+"""One site's subjects: each is used once, and who is held out does not depend on who prepares."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sites.holdout import divide
+from sites.institutions import grades_of
+from sites.site_cohort import SiteCohort, prepare_site
+from sites.subject import Subject, discover
+
+
+@pytest.fixture(scope="module")
+def subjects(cohort_data) -> list[Subject]:
+    return list(discover(cohort_data).subjects)
+
+
+@pytest.fixture(scope="module")
+def prepare(subjects, cohort_data, cohort_cache, tiny_config):
+    """A function: further options, `assign` for the configuration -> a prepared site."""
+
+    def make(*assign: str, chosen=None, cache: Path = cohort_cache, **options) -> SiteCohort:
+        chosen = subjects if chosen is None else chosen
+        grades = grades_of(chosen, cohort_data)
+        return prepare_site("site", chosen, grades, tiny_config(*assign), cache, **options)
+
+    return make
+
+
+def ids(entries) -> list[str]:
+    return [entry.id for entry in entries]
+
+
+def test_every_subject_is_in_one_part(prepare, subjects, cohort_data, tiny_config):
+    site = prepare()
+    config = tiny_config()
+    names = [s.id for s in subjects]
+    training, held_out = divide(
+        names, grades_of(subjects, cohort_data), seed=config.seed, fraction=0.3
+    )
+    assert (ids(site.training), ids(site.held_out)) == (list(training), list(held_out))
+    assert sorted(ids(site.training) + ids(site.held_out)) == sorted(names)
+    assert (site.name, site.trains) == ("site", True)
+    assert site.held_out
+
+
+def test_the_order_of_the_subjects_does_not_matter(prepare, subjects):
+    forward, backward = prepare(), prepare(chosen=subjects[::-1])
+    assert set(ids(forward.held_out)) == set(ids(backward.held_out))
+
+
+def test_another_seed_holds_out_others(prepare):
+    held = {tuple(sorted(ids(prepare(f"seed={seed}").held_out))) for seed in range(5)}
+    assert len(held) > 1
+
+
+def test_who_only_evaluates_holds_out_everybody(prepare, subjects):
+    for options in ({"only_evaluates": True}, {"min_subjects": len(subjects) + 1}):
+        site = prepare(**options)
+        assert site.training == ()
+        assert not site.trains
+        assert sorted(ids(site.held_out)) == sorted(s.id for s in subjects)
+    assert prepare(min_subjects=len(subjects)).trains
+
+
+def test_who_cannot_be_used_counts_for_nothing(prepare, subjects, tmp_path):
+    """The minimum is of usable subjects, and findings say who is not."""
+    spoilt = []
+    for subject in subjects[:6]:
+        folder = shutil.copytree(subject.folder, tmp_path / subject.folder.name)
+        spoilt += [
+            found for found in discover(folder.parent).subjects if found.folder.name == folder.name
+        ]
+    bad = spoilt[0]
+    next(bad.folder.glob("*_seg.nii*")).write_bytes(b"no scan")
+    cache = tmp_path / "cache"
+    site = prepare(chosen=spoilt, cache=cache, min_subjects=5)
+    assert {f.subject for f in site.findings if f.severity == "error"} == {bad.id}
+    assert bad.id not in ids(site.training) + ids(site.held_out)
+    assert len(site.training) + len(site.held_out) == 5
+    assert site.trains
+    assert not prepare(chosen=spoilt, cache=cache, min_subjects=6).trains
+    assert replace(site, findings=()) == replace(
+        prepare(chosen=spoilt[1:], cache=cache), findings=()
+    )
+
+
+def test_no_subject_is_an_empty_site(prepare):
+    site = prepare(chosen=[])
+    assert (site.trains, site.training, site.held_out) == (False, (), ())
