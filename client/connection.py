@@ -115,7 +115,7 @@ class Connection:
         http.follow_redirects = False  # one address, and what it says cannot lead to another
         http.headers["accept-encoding"] = "identity"  # what is small on the line must stay small
         http.event_hooks = {"response": [self._bound]}
-        self._pushed = ""  # the head that the coordinator has accepted last
+        self._pushed = ""  # the piece that was sent last
         self._node: Node | None = None
         self._pieces: dict[str, bytes] = {}  # of the last message: often the next holds the same
         self._heartbeat = threading.Thread(target=self._keep_alive, daemon=True)
@@ -226,12 +226,12 @@ class Connection:
             missing = set(response.objects_to_push)
             if not missing:
                 return self._pushed == reply.object_id  # only the last answer was lost
-            self._pushed = reply.object_id
             objects = get_all_nested_objects(reply)  # children before parents, so the head is last
             for object_id, piece in objects.items():
                 if object_id in missing:
                     self._check()
                     content = piece.deflate()
+                    self._pushed = object_id
                     pushed = self._call(
                         self._client.PushObject,
                         PushObjectRequest(
@@ -243,6 +243,7 @@ class Connection:
                         ),
                     )
                     if not pushed.stored:
+                        self._pushed = ""
                         raise Unreachable(
                             f"{self._address}: did not keep a part of the reply (a full disk there, "
                             "or the upload took a pause of over 3 minutes)."

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -173,7 +173,7 @@ class LinkGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies that are there, and error replies for messages that will have none."""
-        self._offer_again()
+        self._look_around()
         replies = []
         for message_id in message_ids:
             reply = self._reply(message_id) or self._given_up(message_id)
@@ -296,10 +296,8 @@ class LinkGrid(Grid):
             minutes = metadata.ttl / 60
             return self._error(message_id, f"it did not answer within {minutes:g} minutes.")
         if contact.online:
-            self._away.pop(sent.site, None)
             return None
-        away = now - self._away.setdefault(sent.site, now)
-        if away > self._return_seconds:
+        if now - self._away.get(sent.site, now) > self._return_seconds:
             since = f"{contact.last:%H:%M:%S} UTC" if contact.last else "long ago"
             minutes = self._return_seconds / 60
             return self._error(
@@ -308,16 +306,26 @@ class LinkGrid(Grid):
             )
         return None
 
-    def _offer_again(self) -> None:
+    def _look_around(self) -> None:
+        """Note which sites are away, and offer tasks again whose sites have started anew.
+
+        Of all sites, not only of the one whose reply is waited for.
+        """
+        now = time.monotonic()
+        if now - self._looked < SECONDS_BETWEEN_LOOKS:
+            return
+        self._looked = now
+        contacts = self.contacts()
+        away = [site for site, contact in contacts.items() if not contact.online]
+        self._away = {site: self._away.get(site, now) for site in away}
+        self._offer_again(contacts)
+
+    def _offer_again(self, contacts: Mapping[str, Contact]) -> None:
         """Offer a task again whose site has started its client anew since it took it.
 
-        Of all sites, not only of the one whose reply is waited for. What the dead client had sent of
-        a reply is deleted, as it would be in the way of the new one; a whole reply is kept.
+        What the dead client had sent of a reply is deleted, as it would be in the way of the new one;
+        a whole reply is kept.
         """
-        if time.monotonic() - self._looked < SECONDS_BETWEEN_LOOKS:
-            return
-        self._looked = time.monotonic()
-        contacts = self.contacts()
         for message_id, sent in self._sent.items():
             contact = contacts.get(sent.site)
             if contact is None or contact.activated is None:
