@@ -116,6 +116,13 @@ class Link:
         """The reply or the error that the coordinator gets now, if any."""
         return next(iter(self.grid.pull_messages([message_id])), None)
 
+    def expire(self, message_id: str) -> Message:
+        """What the coordinator gets when the message's deadline has passed."""
+        self.grid._sent[message_id].at -= 10**6
+        reply = self.pull(message_id)
+        assert reply is not None
+        return reply
+
     def rows(self) -> dict[str, int]:
         """How many rows each of the tables has that an exchange fills, if any."""
         with self.state.session() as session:
@@ -163,8 +170,9 @@ def linked(
     state = factory.state()
     place_nodes(state, {site: key.public_key() for site, key in keys.items()})
     run_id = begin_run(state, FEDERATION, CODE)
-    grid = LinkGrid(state, run_id, return_seconds=return_seconds)
-    app = fleet_app(factory)
+    own: set[str] = set()
+    grid = LinkGrid(state, run_id, return_seconds=return_seconds, own=own)
+    app = fleet_app(factory, own)
     link = Link(database, authority, keys, state, run_id, grid, app)
     with ExitStack() as stack:
         port = stack.enter_context(listening(app, "127.0.0.1", 0, *authority.files))
@@ -176,10 +184,36 @@ def linked(
                 client.close()
 
 
-def take(connection: Connection, largest: int = 10**9, **more: Any) -> Message | None:
+def take(connection: Connection, largest: int = 10**9) -> Message | None:
     """The next message of a client, whole."""
     received = connection.receive()
-    return connection.fetch(*received, largest, **more) if received else None
+    return connection.fetch(*received, largest) if received else None
+
+
+def without_nonce(content: RecordDict) -> RecordDict:
+    """A content as it was before the grid made its ids unguessable."""
+    for record in content.values():
+        if isinstance(record, ConfigRecord) and "nonce" in record:
+            del record["nonce"]
+    return content
+
+
+@contextmanager
+def counting(connection: Connection, name: str) -> Iterator[list[str]]:
+    """The ids of the objects that the client asks this of meanwhile: PullObject or PushObject."""
+    ids: list[str] = []
+    call = getattr(connection._client, name)
+
+    def counted(request: Any) -> Any:
+        answer = call(request)
+        ids.append(request.object_id)
+        return answer
+
+    setattr(connection._client, name, counted)
+    try:
+        yield ids
+    finally:
+        setattr(connection._client, name, call)
 
 
 def stamp(connection: Connection, run_id: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import http.server
 import random
 import shutil
@@ -17,7 +18,7 @@ from pathlib import Path
 import flwr
 import httpx
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.proto.fleet_pb2 import PullMessagesRequest
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
@@ -34,7 +35,17 @@ from client.connection import (
 )
 from common.keys import fingerprint, new_private_key
 from server.superlink import begin_run, listening
-from tests.link import CODE, FEDERATION, Authority, Link, reply_to, take, until
+from tests.link import (
+    CODE,
+    FEDERATION,
+    Authority,
+    Link,
+    counting,
+    reply_to,
+    take,
+    until,
+    without_nonce,
+)
 
 
 def weights(seed: int, arrays: int = 4, size: int = 5000) -> RecordDict:
@@ -191,7 +202,9 @@ def test_every_way_to_fail_has_words():
 
 
 @contextmanager
-def answering(authority: Authority, status: int, body: bytes, *, tls: bool = True) -> Iterator[str]:
+def answering(
+    authority: Authority, status: int, body: bytes, *, tls: bool = True, **headers: str
+) -> Iterator[str]:
     """Some other server, with a certificate that is right."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -200,6 +213,8 @@ def answering(authority: Authority, status: int, body: bytes, *, tls: bool = Tru
             self.send_response(status)
             self.send_header("content-length", str(len(body)))
             self.send_header("content-type", "application/protobuf")
+            for name, value in headers.items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
 
@@ -263,29 +278,32 @@ def test_it_tells_what_run_a_message_is_of(link):
     assert begin_run(link.state, "ee" * 16, CODE) != link.run_id
 
 
-def pieces_fetched(client: Connection) -> tuple[object, list[int]]:
-    sizes: list[int] = []
-    return take(client, step=sizes.append), sizes
+def pieces_fetched(client: Connection) -> tuple[Message, int]:
+    """The next message, and how many pieces of it were fetched."""
+    with counting(client, "PullObject") as ids:
+        message = take(client)
+    without_nonce(message.content)
+    return message, len(ids)
 
 
 def test_pieces_of_the_last_message_are_not_fetched_again(link):
     """A round's model is first trained on, then evaluated by who only evaluates: once is enough."""
     client = link.connect("a")
-    total = sum(len(obj.deflate()) for obj in get_all_nested_objects(weights(1)).values())
+    every = 1 + len(get_all_nested_objects(weights(1)))
     link.send("a", weights(1), kind="train")
-    first, sizes = pieces_fetched(client)
-    assert sum(sizes) > total
+    first, pieces = pieces_fetched(client)
+    assert pieces == every
     link.send("a", weights(1), kind="evaluate")
-    second, again = pieces_fetched(client)
-    assert len(again) == 1, "only the message's head"
+    second, pieces = pieces_fetched(client)
+    assert pieces == 1, "only the message's head"
     assert second.metadata.message_type == "evaluate"
     assert second.content == first.content == weights(1)
     link.send("a", weights(2))
-    third, fresh = pieces_fetched(client)
-    assert sum(fresh) > total
+    third, pieces = pieces_fetched(client)
+    assert pieces == every
     assert third.content == weights(2)
     link.send("a", weights(1))
-    assert sum(pieces_fetched(client)[1]) > total, "only the last message's are kept"
+    assert pieces_fetched(client)[1] == every, "only the last message's are kept"
 
 
 def test_a_message_that_is_too_large_is_not_fetched_to_its_end(link, monkeypatch):
@@ -293,11 +311,13 @@ def test_a_message_that_is_too_large_is_not_fetched_to_its_end(link, monkeypatch
     content = weights(1, arrays=40, size=5000)
     size = sum(len(obj.deflate()) for obj in get_all_nested_objects(content).values())
     monkeypatch.setattr(module, "LARGEST_OVERHEAD", 20_000)
-    fetched: list[int] = []
     link.send("a", content)
-    with pytest.raises(TooLarge, match="more than 30000 bytes of weights"):
-        take(client, 30_000, step=fetched.append)
-    assert sum(fetched) < 60_000 < size
+    with (
+        counting(client, "PullObject") as ids,
+        pytest.raises(TooLarge, match="more than 30000 bytes of weights"),
+    ):
+        take(client, 30_000)
+    assert len(ids) < 30, "of 122"
     link.send("a", content)
     assert take(client, size).content == content, "the bound is exact enough"
     monkeypatch.setattr(module, "MOST_PIECES", 10)
@@ -315,9 +335,35 @@ def test_what_cannot_be_read_is_refused(link, monkeypatch):
     with pytest.raises(TooLarge, match="cannot be read"):
         client.fetch(head, bare, 10**9)
     (content,) = tree.children
-    with pytest.raises(TooLarge, match="no message"):
+    with pytest.raises(TooLarge, match="not the message that was announced"):
         client.fetch(head, content, 10**9)
     assert client.fetch(head, tree, 10**9).content == weights(1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"message_type": "evaluate"},
+        {"_run_id": 5},
+        {"_src_node_id": 5},
+        {"_dst_node_id": 5},
+        {"created_at": 5.0},
+        {"ttl": 5.0},
+    ],
+)
+def test_a_message_must_be_the_one_that_its_head_announced(link, change):
+    """The head is what is checked before anything is fetched: kind, run and deadline."""
+    client = link.connect("a")
+    link.send("a", weights(1), kind="train")
+    head, tree = client.receive()
+    run_id = head.metadata.run_id
+    for name, value in change.items():
+        target = "_" + name.removeprefix("_")
+        assert target in head.metadata.__dict__, target
+        head.metadata.__dict__[target] = value
+    client._piece = lambda _, object_id, piece=client._piece: piece(run_id, object_id)
+    with pytest.raises(TooLarge, match="not the message that was announced"):
+        client.fetch(head, tree, 10**9)
 
 
 def test_what_is_no_message_at_all_ends_nothing(link):
@@ -340,9 +386,9 @@ def test_what_is_no_message_at_all_ends_nothing(link):
 
 def test_a_message_that_was_given_up_meanwhile_is_over(link):
     client = link.connect("a")
-    sent = link.send("a", weights(1), ttl=0.4)
+    sent = link.send("a", weights(1))
     head, tree = client.receive()
-    until(lambda: link.pull(sent), "the deadline")
+    link.expire(sent)
     text = refusal(RunOver, lambda: client.fetch(head, tree, 10**9), link.address)
     assert "not offered any more" in text
 
@@ -352,12 +398,14 @@ class Cut:
 
     def __init__(self, client: Connection, every: int) -> None:
         self._push, self._every, self.calls = client._client.PushObject, every, 0
+        self.pushed: list[str] = []
         client._client.PushObject = self
 
     def __call__(self, request):
         self.calls += 1
         if self.calls % self._every == 0:
             raise httpx.WriteError("cut")
+        self.pushed.append(request.object_id)
         return self._push(request)
 
 
@@ -366,17 +414,16 @@ def test_sending_goes_on_where_it_was_cut(link):
     sent = link.send("a")
     reply = reply_to(client, take(client), weights(5, arrays=10))
     cut = Cut(client, every=4)
-    sizes: list[int] = []
     attempts = 0
     while True:
         attempts += 1
         try:
-            assert client.send(reply, sizes.append) is True
+            assert client.send(reply) is True
             break
         except Unreachable:
             assert link.pull(sent) is None
     objects = get_all_nested_objects(reply)
-    assert sorted(sizes) == sorted(len(obj.deflate()) for obj in objects.values()), "each once"
+    assert sorted(cut.pushed) == sorted(objects), "each once"
     assert attempts == 1 + (len(objects) - 1) // 3
     assert cut.calls == len(objects) + attempts - 1
     assert link.pull(sent).content == weights(5, arrays=10)
@@ -400,7 +447,7 @@ def test_an_answer_that_arrived_before_the_connection_broke_is_not_sent_twice(li
     client._client.PushObject = pushing
     with pytest.raises(Unreachable):
         client.send(reply)
-    assert client.send(reply) is False
+    assert client.send(reply) is True, "it was waited for, and it has arrived"
     assert len(calls) == last
     assert link.pull(sent).content == weights(5)
 
@@ -409,10 +456,63 @@ def test_nobody_waiting_is_false_and_no_error(link):
     client = link.connect("a")
     sent = link.send("a")
     reply = reply_to(client, take(client))
+    assert link.expire(sent).has_error()
+    assert client.send(reply) is False
+    assert client.send(reply) is False
+
+
+# --------------------------------------------------------------------- what it takes no part in
+
+
+def test_no_redirection_is_followed(link, authority):
+    """One address was agreed to."""
+    with answering(authority, 302, b"", Location=f"https://{link.address}/health") as address:
+        text = refusal(Refused, connection_to(address, authority.ca).open, address)
+    assert "a redirection, which is not followed" in text
+
+
+def test_an_answer_is_neither_packed_nor_endless(authority, monkeypatch):
+    bomb = gzip.compress(bytes(10**6))
+    with answering(authority, 200, bomb, **{"content-encoding": "gzip"}) as address:
+        text = refusal(Unreachable, connection_to(address, authority.ca).open, address)
+    assert "the answer is packed" in text
+    monkeypatch.setattr(module, "LARGEST_ANSWER", 1000)
+    with answering(authority, 200, bytes(2000)) as address:
+        text = refusal(Unreachable, connection_to(address, authority.ca).open, address)
+    assert "too large or too slow" in text
+
+
+def test_what_is_under_way_can_be_ended(link):
+    """`check` is asked again and again, also between the pieces of one message."""
+
+    class Over(Exception):
+        pass
+
+    asked = []
+
+    def check() -> None:
+        asked.append(1)
+        if len(asked) > limit:
+            raise Over
+
+    limit = 10**9
+    client = Connection(link.address, link.authority.ca, link.keys["a"], check)
+    link.clients.append(client)
+    client.open()
+    link.send("a", weights(1))
+    received = client.receive()
+    limit = len(asked) + 6
+    with pytest.raises(Over):
+        client.fetch(*received, 10**9)
+    assert len(asked) == limit + 1
+    limit = 10**9
+    message = client.fetch(*received, 10**9)
+    reply = reply_to(client, message, weights(2))
+    limit = len(asked) + 6
+    with pytest.raises(Over):
+        client.send(reply)
+    limit = 10**9
     assert client.send(reply) is True
-    assert client.send(reply) is False, "it is there already"
-    assert link.pull(sent) is not None
-    assert client.send(reply) is False, "it was taken"
 
 
 # ---------------------------------------------------------------------------- signs of life
@@ -469,9 +569,10 @@ def test_last_contact_is_when_the_server_last_answered(link):
 
 def test_a_content_of_plain_records_travels_unchanged(link):
     client = link.connect("a")
-    content = RecordDict({"c": ConfigRecord({"text": "Ä\n", "n": -(2**40), "f": 0.1, "b": True})})
-    sent = link.send("a", content)
+    about = {"text": "Ä\n", "n": -(2**40), "f": 0.1, "b": True}
+    content = RecordDict({"c": ConfigRecord(about)})
+    sent = link.send("a", RecordDict({"c": ConfigRecord(about)}))
     message = take(client)
-    assert message.content == content
+    assert without_nonce(message.content) == content
     client.send(reply_to(client, message, content))
     assert link.pull(sent).content == content

@@ -7,11 +7,12 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
+import yaml
 
-from client import consent
 from client.consent import (
     NotAccepted,
     accept,
+    accepted_at,
     accepted_terms,
     difference,
     propose,
@@ -115,16 +116,9 @@ def test_patches_are_told_with_their_size(terms, invitation, tiny_config):
 # ---------------------------------------------------------------------------------- the yes
 
 
-def test_a_yes_by_hash_or_the_beginning_of_it(hospital, terms):
+def test_a_yes_is_all_digits_of_the_hash(hospital, terms):
     full = terms.hash()
-    spellings = (
-        full,
-        full[:12],
-        full[:40],
-        full.upper(),
-        f"  {full[:12]}\n",
-        f"{full[:4]} {full[4:8]} {full[8:16]}",
-    )
+    spellings = (full, full.upper(), f"  {full}\n", f"{full[:4]} {full[4:8]} {full[8:]}")
     for given in spellings:
         assert accepted_terms(hospital) is None
         begin = datetime.now(UTC).replace(microsecond=0)
@@ -133,13 +127,15 @@ def test_a_yes_by_hash_or_the_beginning_of_it(hospital, terms):
         record = json.loads(hospital.accepted.read_text())
         assert record["hash"] == full
         assert begin <= datetime.fromisoformat(record["accepted_at"]) <= datetime.now(UTC)
+        assert accepted_at(hospital) == record["accepted_at"]
         withdraw(hospital)
+        assert accepted_at(hospital) == ""
 
 
 def test_anything_else_is_no_yes(hospital, terms):
     full = terms.hash()
     other = "0" if full[11] != "0" else "1"
-    for given in ("", full[:11], full[1:20], full + "0", full[:11] + other, "yes", "x" * 64):
+    for given in ("", full[:12], full[:63], full + "0", full[:11] + other, "yes", "x" * 64):
         text = refusal(lambda given=given: accept(hospital, terms, given))
         assert full in text
         assert "fed-client review" in text
@@ -215,4 +211,9 @@ def test_long_values_are_cut(terms, tiny_config):
     (line,) = difference(terms, other).splitlines()
     assert line.endswith("n...")
     assert len(line) < 150
-    assert consent.SHORTEST_HASH == 12
+
+
+def test_the_sheet_lists_every_value_that_the_yes_covers(terms, invitation):
+    text = sheet(terms, invitation)
+    listed = text.partition("Everything that the yes covers:\n")[2].partition("\n\n")[0]
+    assert yaml.safe_load(listed) == json.loads(json.dumps(terms.config.agreed()))

@@ -166,7 +166,9 @@ def test_the_end_of_it_is_the_exit_code(accepted, letter, runs):
     assert "Stopped. The same command joins again." in outcomes[2].stdout
     assert outcomes[3].stderr.splitlines()[-1] == "fed-client: no data"
     assert "is damaged" in outcomes[3].stdout
-    assert outcomes[4].stderr.splitlines()[-1] == "fed-client: full."
+    assert outcomes[4].stderr.splitlines()[-1] == (
+        "fed-client: full. Free disk space, then type the same again."
+    )
     assert all("What has left this building so far:" in result.stdout for result in outcomes)
     assert json.loads(accepted.status.read_text())["state"] == "stopped"
 
@@ -276,7 +278,7 @@ def test_review_shows_what_waits_and_what_changed(invited, invitation, terms, ti
     assert "Changed since" not in first.stdout
     assert f"fed-client review {path} --accept {terms.hash()}" in first.stderr
 
-    assert command("review", path, "--accept", terms.hash()[:12]).exit_code == 0
+    assert command("review", path, "--accept", terms.hash()).exit_code == 0
     settled = command("review", path)
     assert settled.exit_code == 0
     assert "These terms are accepted; nothing else awaits an answer." in settled.stdout

@@ -20,9 +20,9 @@ from flwr.superlink.routers.control.router import router as control_router
 from flwr.superlink.routers.fleet.router import router as fleet_router
 from sqlalchemy import text
 
-from client.connection import Refused
+from client.connection import Refused, Unreachable
 from common.keys import new_private_key
-from server.gate import ALLOWED, LARGEST_REQUEST
+from server.gate import ALLOWED, LARGEST_HEAD, LARGEST_REQUEST
 from server.superlink import (
     CannotListen,
     begin_run,
@@ -33,6 +33,7 @@ from server.superlink import (
 from tests.link import Link, make_certificates, reply_to, take
 
 PROTOBUF = "application/protobuf"
+PUSH = "/v1/fleet/push-messages"
 SERVED = {  # written down again, so that nothing is added to `ALLOWED` unnoticed
     "/health",
     "/v1/fleet/activate-node",
@@ -99,9 +100,9 @@ def test_a_path_cannot_be_written_so_that_it_passes(link, path):
 def test_all_but_health_is_for_enrolled_keys_only(link):
     assert request(link, "GET", "/health", None) == 200
     for path in sorted(SERVED - {"/health"}):
-        assert request(link, "POST", path) == 415, path
-        assert request(link, "POST", path, b"", **{"content-type": PROTOBUF}) == 401, path
-        assert request(link, "GET", path, None) == 405, path
+        for kind in (PROTOBUF, "text/html"):
+            assert request(link, "POST", path, b"", **{"content-type": kind}) == 401, path
+        assert request(link, "GET", path, None) == 401, path
     link.keys["stranger"] = new_private_key()
     stranger = link.connection("stranger")
     with pytest.raises(Refused, match="does not know this site's key"):
@@ -115,9 +116,15 @@ def test_all_but_health_is_for_enrolled_keys_only(link):
             lambda message=message: stranger.send(message),
             lambda: stranger._piece(link.run_id, "0" * 64),
         ):
-            with pytest.raises(Refused, match="does not know this site's key"):
+            with pytest.raises((Refused, Unreachable)):
                 step()
     stranger._node = None
+    insider = link.connect("b")
+    insider._node = Node(node_id=link.grid.contacts()["a"].node)
+    with pytest.raises(Refused, match="does not know this site's key"):
+        insider.receive()  # enrolled, but as another
+    insider._node = Node(node_id=link.grid.contacts()["b"].node)
+    insider.close()
     assert not any(contact.online for contact in link.grid.contacts().values())
 
 
@@ -126,15 +133,22 @@ def test_what_one_request_may_hold_is_bounded(link):
     host, _, port = link.address.rpartition(":")
     context = ssl.create_default_context(cadata=link.authority.ca)
     with contextlib.closing(http.client.HTTPSConnection(host, int(port), context=context)) as https:
-        https.putrequest("POST", path)  # announced, not sent: refused before it is read
-        https.putheader("content-length", str(LARGEST_REQUEST + 1))
+        for largest, path_ in ((LARGEST_REQUEST, path), (LARGEST_HEAD, PUSH)):
+            https.putrequest("POST", path_)  # announced, not sent: refused before it is read
+            https.putheader("content-length", str(largest + 1))
+            https.endheaders()
+            assert https.getresponse().status == 413, path_
+            https.close()
+        https.putrequest("POST", path)  # nor is what is not too large read of a stranger
+        https.putheader("content-length", str(LARGEST_REQUEST))
         https.endheaders()
-        assert https.getresponse().status == 413
+        assert https.getresponse().status == 401
     with contextlib.closing(http.client.HTTPSConnection(host, int(port), context=context)) as https:
         chunked = {"transfer-encoding": "chunked"}
         https.request("POST", path, iter([b"x"]), chunked, encode_chunked=True)
         assert https.getresponse().status == 411
-    assert request(link, "POST", path, b"x" * 10_000) == 415, "not too large"
+    for host_ in ("", "a b", "x/y", "h" * 300):
+        assert request(link, "GET", "/health", None, host=host_) == 400, host_
 
 
 def test_only_tls_of_today_is_spoken(link):
