@@ -7,6 +7,7 @@ the scripted connection looks.
 from __future__ import annotations
 
 import ast
+import json
 import logging
 import os
 import re
@@ -20,7 +21,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+import torch
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.supercore.task_identity import TaskIdentity
@@ -38,8 +48,10 @@ from client.display import Display
 from client.join import JoinFailed, Membership, Stopped, stopping
 from client.site_config import load_site_config
 from client.worker_process import Event
+from common.messages import STYPE
 from common.notices import Farewell, pack_farewell, pack_roll_call
 from common.terms import Terms
+from common.wire import encode
 
 ROOT = Path(__file__).parents[2]
 NODE, RUN, FOREIGN = 77, 5, 6
@@ -342,7 +354,7 @@ def test_a_foreign_farewell_ends_nothing(stage):
 def test_a_task_for_other_code_is_refused(stage, caplog):
     stage.coordinator.foreign = (stage.terms.federation, "c0de" * 16)
     reason = refused(stage, stage.message(run=FOREIGN))
-    assert "other code (c0dec0dec0de)" in reason
+    assert "other code (c0dec0dec...)" in reason
     assert f"({stage.terms.code_hash[:12]}); nothing was run" in reason
     assert reason in said(caplog), "told on both sides"
 
@@ -417,6 +429,80 @@ def test_terms_of_other_code_or_federation_are_changed_terms(stage):
         stage.coordinator.script.append(stage.message(pack_roll_call(other)))
     assert stage.play() is True
     assert len(stage.coordinator.reasons) == 2
+    assert stage.workers.asked == []
+
+
+def test_changed_terms_are_told_of_once(stage, caplog, tiny_config):
+    other = replace(stage.terms, config=tiny_config("rounds.number=9"))
+    calls = [stage.message(pack_roll_call(other)) for _ in range(3)]
+    assert stage.play(*calls) is True
+    assert len(stage.coordinator.reasons) == 3
+    assert said(caplog).count("the coordinator has changed the terms") == 1
+
+
+def updated(message: Message) -> list[Event]:
+    """A worker's answer as it is after training, with weights."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = RUN, RUN, NODE
+    about = {"round": message.content["about"]["round"]}
+    content = RecordDict({"about": ConfigRecord(about)})
+    if message.metadata.message_type == MessageType.TRAIN:
+        block = encode({"w": torch.ones(3)})
+        content["weights"] = ArrayRecord({"w": Array("uint8", (len(block),), STYPE, block)})
+    else:
+        content["means"] = MetricRecord({"loss": 0.5})
+    return [
+        Event("reply", {}, message_to_proto(Message(content, reply_to=message)).SerializeToString())
+    ]
+
+
+def asked_in_turn(stage: Stage, *tasks: tuple[str, int]) -> list[str]:
+    """Each task after the answer to the last: what was refused, "" for what was done."""
+    stage.workers.answer = updated
+    script: list[Any] = []
+    before = len(stage.coordinator.sent)
+    for number, (kind, round_) in enumerate(tasks, start=1):
+        script += [stage.message(kind=kind, round_=round_), stage.until_answered(before + number)]
+    assert stage.play(*script) is True
+    return [r.error.reason if r.has_error() else "" for r in stage.answers[before:]]
+
+
+def test_nobody_asks_for_more_answers_about_a_round_than_it_takes(stage, monkeypatch):
+    """Many answers about one round tell more about the data than the one that was agreed to."""
+    monkeypatch.setattr(module, "MOST_ANSWERS", 3)
+    train, evaluate = MessageType.TRAIN, MessageType.EVALUATE
+    refusals = asked_in_turn(stage, *[(train, 1)] * 4, *[(evaluate, 1)] * 4, (train, 2))
+    many = "Oslo: it has answered 3 times for round 1."
+    assert refusals == ["", "", "", many, "", "", "", many, ""]
+    assert len(stage.workers.asked) == 7, "what is refused is not computed"
+
+
+def test_nobody_trains_for_an_earlier_round_again(stage):
+    train, evaluate = MessageType.TRAIN, MessageType.EVALUATE
+    refusals = asked_in_turn(stage, (train, 2), (train, 1), (evaluate, 1), (train, 2), (train, 3))
+    assert refusals == [
+        "",
+        "Oslo: it has trained for later rounds than 1 already.",
+        "",  # the chosen model is measured at the end, of whatever round
+        "",
+        "",
+    ]
+
+
+def test_a_new_yes_begins_the_count_anew(stage, monkeypatch):
+    monkeypatch.setattr(module, "MOST_ANSWERS", 1)
+    train = MessageType.TRAIN
+    assert asked_in_turn(stage, (train, 1), (train, 1))[1] != ""
+    later = {**json.loads(stage.folder.accepted.read_text()), "accepted_at": "2999-01-01"}
+    stage.folder.accepted.write_text(json.dumps(later))
+    assert asked_in_turn(stage, (train, 1))[-1:] == [""]
+
+
+def test_a_task_without_a_round_is_refused(stage):
+    stage.workers.answer = updated
+    for content in (RecordDict(), RecordDict({"about": ConfigRecord({"round": "one"})})):
+        stage.coordinator.script.append(stage.message(content, MessageType.TRAIN))
+    assert stage.play() is True
+    assert stage.coordinator.reasons == ["Oslo: the task names no round."] * 2
     assert stage.workers.asked == []
 
 
@@ -637,16 +723,31 @@ def test_a_refusal_at_the_door_is_the_end(stage):
     assert stage.coordinator.did == ["open", "hurry", "close"]
 
 
-def test_a_refusal_later_is_tried_once_more(stage):
-    """The server may have begun anew with an empty database."""
-    assert stage.play(Refused("unknown node"), stage.message(), stage.until_answered()) is True
-    assert stage.coordinator.did.count("open") == 2
+def test_a_refusal_later_may_pass(stage):
+    """The server may have begun anew, a clock may be wrong for a moment, a proxy in between."""
+    refusals = [Refused("unknown node")] * 3
+    assert stage.play(*refusals, stage.message(), stage.until_answered()) is True
+    assert stage.coordinator.did.count("open") == 1 + 3, "it becomes its key's node again"
     assert len(stage.answers) == 1
 
 
-def test_a_refusal_twice_is_the_end(stage):
-    with pytest.raises(JoinFailed, match="second"):
-        stage.play(Refused("first"), Refused("second"))
+def test_becoming_the_node_again_may_find_that_it_is_it_already(stage):
+    stage.coordinator.open_errors = []
+
+    def refuse() -> Exception:
+        stage.coordinator.open_errors = [AlreadyConnected("it is this client")]
+        return Refused("a proxy said no")
+
+    assert stage.play(refuse, stage.message(), stage.until_answered()) is True
+
+
+def test_a_refusal_that_stays_is_the_end_after_minutes(stage, monkeypatch):
+    stage.coordinator.script = [lambda: monkeypatch.setattr(module, "time", Clock())]
+    stage.coordinator.script += [Refused("does not know this site's key")] * 1000
+    with pytest.raises(JoinFailed, match="does not know this site's key") as caught:
+        stage.membership.run()
+    assert 5 < minutes_in(str(caught.value)) < 10
+    assert str(caught.value).endswith("minutes.")
     assert stage.workers.living == 0
 
 
