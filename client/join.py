@@ -291,11 +291,11 @@ class Membership:
         site = self._invitation.site
         if federation != self._invitation.federation:
             return self._refusal(
-                f"{site}: the task is of another federation ({plain(federation, 40)})."
+                f"{site}: the task is of another federation ({plain(federation)[:40]})."
             )
         if code != code_hash():
             return self._refusal(
-                f"{site}: the task is for other code ({plain(code, 12)}) than is installed here "
+                f"{site}: the task is for other code ({plain(code)[:12]}) than is installed here "
                 f"({code_hash()[:12]}); nothing was run. Both sides need the same version."
             )
         if head.metadata.message_type not in (
