@@ -112,9 +112,7 @@ def start(folder: CoordinatorFolder) -> Verdict:
                 every(1.0, sites.refresh),
                 showing(board),
             ):
-                LOG.info(
-                    f"serving {config.name} at {host_and_port(config)}; terms {stated.hash()[:12]}"
-                )
+                LOG.info(f"serving {config.name} at {host_and_port(config)}; terms {stated.hash()}")
                 try:
                     run_rounds(
                         grid,
