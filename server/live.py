@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -160,7 +161,8 @@ def showing(board: Board) -> Iterator[None]:
             with live or contextlib.nullcontext(), every(1.0, show):
                 yield
         finally:
-            board.write({**board.document(), "state": "not running", "waiting": None})
+            with contextlib.suppress(Exception):  # it must not hide how the run ended
+                board.write({**board.document(), "state": "not running", "waiting": None})
 
 
 @contextmanager
@@ -199,7 +201,8 @@ def _wait_text(waiting: Waiting) -> str:
 
 def _mean_iou(means: Mapping[str, float]) -> float | None:
     values = [value for key, value in means.items() if key in ("iou/WT", "iou/TC", "iou/ET")]
-    return sum(values) / len(values) if values else None
+    mean = sum(values) / len(values) if values else math.nan
+    return None if math.isnan(mean) else mean
 
 
 def _text(moment: datetime | None) -> str | None:
