@@ -119,8 +119,8 @@ def status(
         hospital = load_hospital(folder)
         running = lock_holder(hospital.lock) is not None
         try:
-            told = json.loads(hospital.status.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            told = dict(json.loads(hospital.status.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
             told = {}
         accepted, proposed = accepted_terms(hospital), proposed_terms(hospital)
         document = {

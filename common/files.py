@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+LOOKS = 10  # before a lock is said to be held
+
 
 def write_atomically(path: Path, write: Callable[[Path], None], *, private: bool = False) -> None:
     """Let `write` fill a temporary file beside `path`, sync it to the disk, and rename it.
@@ -68,15 +70,20 @@ def locked(path: Path) -> Iterator[None]:
         OSError: the file cannot be written, or its file system has no locks.
     """
     with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise AlreadyInUse(
-                f"{path.parent} is in use by another process (number {holder}). "
-                "Wait for it or stop it, or choose another folder."
-            ) from error
+        for attempt in range(LOOKS):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if attempt < LOOKS - 1:  # `lock_holder` may be looking, for a moment
+                    time.sleep(0.02)
+                    continue
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise AlreadyInUse(
+                    f"{path.parent} is in use by another process (number {holder}). "
+                    "Wait for it or stop it, or choose another folder."
+                ) from error
         file.seek(0)
         file.truncate()
         file.write(str(os.getpid()))

@@ -19,6 +19,7 @@ from common.console import FAILED, failing_in_words, standard_output, start_logg
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The coordinator's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+SHOWN = "state", "absent", "round", "loss", "dice", "iou", "seconds", "last_contact"  # of a site
 STOP_SECONDS = 20.0
 
 
@@ -69,10 +70,7 @@ def status(folder: Folder, as_json: AsJson = False) -> None:
 
         coordinator = load_coordinator(folder)
         running = lock_holder(coordinator.lock) is not None
-        try:
-            told = json.loads(coordinator.status.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            told = {}
+        told = _told(coordinator.status)
         run = RunFolder(coordinator.run)
         results: dict[str, Any] | None = None
         if run.history.exists():
@@ -130,6 +128,16 @@ def export(
         print(f"Card: {card}")
 
 
+def _told(status: Path) -> dict[str, Any]:
+    """What the server last wrote of itself; what cannot be read, or is of another version, is none."""
+    try:
+        told = json.loads(status.read_text(encoding="utf-8"))
+        sites = {site: dict.fromkeys(SHOWN) | about for site, about in told["sites"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+    return {**told, "sites": sites}
+
+
 def _print_status(document: dict[str, Any]) -> None:
     print(f"Federation {document.get('name', '-')}: {document['state']}", end="")
     if document.get("rounds"):
@@ -146,7 +154,7 @@ def _print_status(document: dict[str, Any]) -> None:
         state = about["state"] if document["running"] else "-"
         table.add_row(
             escape(site),
-            escape(about["absent"] or state),
+            escape(about["absent"] or state or "-"),
             str(about["round"] or "-"),
             number(about["loss"]),
             number(about["dice"]),
