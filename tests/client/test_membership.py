@@ -430,7 +430,7 @@ def test_status_of_a_client_that_runs(accepted, terms, tiny_config):
 
 
 def test_a_status_file_that_cannot_be_read_is_none(accepted):
-    for text in ("", "{", "\x00"):
+    for text in ("", "{", "\x00", "[]", "5", "[1]"):
         accepted.status.write_text(text)
         assert told(accepted)[1]["accepted"] is not None
 

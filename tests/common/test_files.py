@@ -7,11 +7,19 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from common.files import AlreadyInUse, locked, write_atomically, write_text_atomically
+from common.files import (
+    AlreadyInUse,
+    ask_to_stop,
+    lock_holder,
+    locked,
+    write_atomically,
+    write_text_atomically,
+)
 
 HALF_WRITTEN_THEN_WAITING = """
 import sys, time
@@ -150,3 +158,90 @@ def test_a_full_disk_is_named_with_the_file(tmp_path):
         write_atomically(tmp_path / "model", fill)
     assert full.value.filename == str(tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------- who holds it, and stopping it
+
+STUBBORN = LOCKED_THEN_WAITING.replace(
+    "with locked", "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nwith locked"
+)
+SLOW_TO_END = LOCKED_THEN_WAITING.replace(
+    "with locked",
+    "import signal\n"
+    "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), sys.exit()))\nwith locked",
+)
+
+
+def test_the_holder_of_a_lock_is_known_while_it_lives(tmp_path, started):
+    lock = tmp_path / "run.lock"
+    assert lock_holder(lock) is None, "there is no such file"
+    process = started(LOCKED_THEN_WAITING, lock)
+    assert lock_holder(lock) == process.pid
+    process.kill()
+    process.wait()
+    assert lock.exists()
+    assert lock_holder(lock) is None, "kill -9 leaves the file, with an old number in it"
+    with locked(lock):
+        assert lock_holder(lock) == os.getpid()
+    assert lock_holder(lock) is None
+    lock.write_text("not a number")
+    assert lock_holder(lock) is None
+    assert lock_holder(tmp_path) is None
+
+
+def test_asking_who_holds_a_lock_is_in_nobodys_way(tmp_path):
+    """A monitor may ask all the time; the one who wants the lock must get it."""
+    lock = tmp_path / "run.lock"
+    lock.touch()
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.is_set():
+            lock_holder(lock)
+            over.wait(0.001)
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(100):
+            with locked(lock):
+                pass
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def reaped(process: subprocess.Popen[str]) -> threading.Thread:
+    thread = threading.Thread(target=process.wait)
+    thread.start()
+    return thread
+
+
+def test_who_holds_the_lock_is_asked_to_stop_and_waited_for(tmp_path, started):
+    lock = tmp_path / "run.lock"
+    assert ask_to_stop(lock, 1.0), "nobody holds it"
+    process = started(SLOW_TO_END, lock)
+    reaper = reaped(process)
+    assert ask_to_stop(lock, 60.0)
+    assert lock_holder(lock) is None
+    reaper.join(timeout=60)
+    assert process.returncode == 0
+    assert ask_to_stop(lock, 1.0)
+
+
+def test_who_does_not_stop_is_not_said_to_have_stopped(tmp_path, started):
+    lock = tmp_path / "run.lock"
+    process = started(STUBBORN, lock)
+    assert not ask_to_stop(lock, 0.3)
+    assert lock_holder(lock) == process.pid
+
+
+def test_nobody_is_stopped_for_an_old_number_in_the_file(tmp_path, started):
+    """The number of a process that was killed may be another's by now."""
+    lock = tmp_path / "run.lock"
+    other = started(LOCKED_THEN_WAITING, tmp_path / "other.lock")
+    lock.write_text(str(other.pid))
+    assert ask_to_stop(lock, 1.0)
+    assert other.poll() is None
