@@ -1,0 +1,220 @@
+"""An outsider costs nothing, and a hostile site's reply touches nothing that is not its own."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app.error import Error
+from flwr.common.serde import recorddict_to_proto
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from client.connection import Unreachable
+from server import gate
+from server.gate import DEEPEST, LONGEST_REASON, MOST_PIECES, Limited, reply_problem
+from tests.link import Link, reply_to, take, until
+
+HASH = "ab" * 32
+
+
+@pytest.fixture
+def announced(link: Link, monkeypatch) -> Callable[[], PushMessagesRequest]:
+    """A function: what an honest client announces as its reply, as it goes over the line."""
+    client = link.connect("a")
+    link.send("a")
+    reply = reply_to(client, take(client))
+    seen: list[PushMessagesRequest] = []
+    push = client._client.PushMessages
+    client._client.PushMessages = lambda request: seen.append(request) or push(request)
+    assert client.send(reply)
+
+    def copy() -> PushMessagesRequest:
+        request = PushMessagesRequest()
+        request.CopyFrom(seen[0])
+        return request
+
+    return copy
+
+
+def chain(depth: int, name: str = "cd" * 32) -> ObjectTree:
+    tree = ObjectTree(object_id=name)
+    for _ in range(depth):
+        tree = ObjectTree(object_id="cd" * 32, children=[tree])
+    return tree
+
+
+def test_an_honest_reply_passes(announced):
+    request = announced()
+    assert reply_problem(request.SerializeToString(), set()) == ""
+    error = announced()
+    error.messages_list[0].error.reason = "x" * LONGEST_REASON
+    assert reply_problem(error.SerializeToString(), set()) == ""
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda r: r.ClearField("messages_list"), "not exactly one message"),
+        (lambda r: r.messages_list.append(r.messages_list[0]), "not exactly one message"),
+        (lambda r: r.ClearField("message_object_trees"), "not exactly one message"),
+        (lambda r: r.message_object_trees.add(), "not exactly one message"),
+        (lambda r: r.messages_list[0].metadata.ClearField("reply_to_message_id"), "to nothing"),
+        (lambda r: setattr(r.messages_list[0].metadata, "src_node_id", 5), "another node's name"),
+        (lambda r: r.node.ClearField("node_id"), "another node's name"),
+        (lambda r: setattr(r.messages_list[0].metadata, "ttl", math.nan), "no time"),
+        (lambda r: setattr(r.messages_list[0].metadata, "ttl", math.inf), "no time"),
+        (lambda r: setattr(r.messages_list[0].metadata, "ttl", -1.0), "no time"),
+        (lambda r: setattr(r.messages_list[0].metadata, "ttl", 1e12), "no time"),
+        (
+            lambda r: setattr(r.messages_list[0].error, "reason", "x" * (LONGEST_REASON + 1)),
+            "too long",
+        ),
+        (lambda r: setattr(r.message_object_trees[0], "object_id", "A" * 64), "no hash"),
+        (lambda r: setattr(r.message_object_trees[0], "object_id", "../x"), "no hash"),
+        (lambda r: r.message_object_trees[0].children.add(), "no hash"),
+        (lambda r: r.message_object_trees[0].CopyFrom(chain(DEEPEST + 1)), "too many pieces"),
+        (
+            lambda r: r.message_object_trees[0].children.extend([chain(0)] * (MOST_PIECES + 1)),
+            "too many pieces",
+        ),
+        (lambda r: r.message_object_trees[0].CopyFrom(chain(3, HASH)), "an object of the server"),
+    ],
+)
+def test_what_no_honest_site_sends_is_refused(announced, spoil, said):
+    request = announced()
+    spoil(request)
+    assert said in reply_problem(request.SerializeToString(), {HASH})
+
+
+def test_a_head_that_holds_content_is_refused(announced):
+    request = announced()
+    content = recorddict_to_proto(RecordDict({"x": ConfigRecord({"a": 1}), "y": ArrayRecord()}))
+    request.messages_list[0].content.CopyFrom(content)
+    assert "holds content" in reply_problem(request.SerializeToString(), set())
+
+
+def test_any_bytes_at_all_are_judged(announced):
+    body = announced().SerializeToString()
+    noise = random.Random(3)
+    outcomes = set()
+    for _ in range(500):
+        spoilt = bytearray(body)
+        spoilt[noise.randrange(len(spoilt))] = noise.randrange(256)
+        whole = noise.randrange(5)
+        end = len(spoilt) if whole else noise.randrange(1, len(spoilt))
+        outcomes.add(reply_problem(bytes(spoilt[:end]), set()))
+    assert "it is no protobuf message" in outcomes
+    assert len(outcomes) > 3
+    assert reply_problem(noise.randbytes(1000), set()) != ""
+
+
+def test_a_deep_tree_is_judged_without_being_walked_to_its_end():
+    body = PushMessagesRequest(message_object_trees=[chain(60)]).SerializeToString()
+    assert reply_problem(body, set()) != ""
+
+
+def test_an_objects_name_that_the_server_has_sent_cannot_be_claimed(link):
+    """Its pieces would be replaced, or deleted with the reply, for all sites."""
+    a, b = link.connect("a"), link.connect("b")
+    link.send("a")
+    sent = link.send("b")
+    task = take(a)
+    reply = reply_to(a, task, task.content)  # its pieces are the server's own
+    with pytest.raises(Unreachable, match="HTTP 400"):
+        a.send(reply)
+    assert take(b).content == task.content
+    with pytest.raises(Unreachable, match="HTTP 400"):
+        b.send(reply_to(b, task))  # nor does b answer for a
+    assert link.pull(sent) is None
+
+
+def test_an_error_reply_of_a_site_passes_the_gate(link):
+    client = link.connect("a")
+    sent = link.send("a")
+    task = take(client)
+    reply_to(client, task)
+    assert client.send(Message(Error(code=2, reason="x" * LONGEST_REASON), reply_to=task))
+    assert link.pull(sent).has_error()
+    link.send("a")
+    task = take(client)
+    reply_to(client, task)
+    with pytest.raises(Unreachable, match="HTTP 400"):
+        client.send(Message(Error(code=2, reason="x" * (LONGEST_REASON + 1)), reply_to=task))
+
+
+# --------------------------------------------------------------------------------- connections
+
+
+def tls(link: Link) -> ssl.SSLSocket:
+    host, _, port = link.address.rpartition(":")
+    context = ssl.create_default_context(cadata=link.authority.ca)
+    plain = socket.create_connection((host, int(port)), timeout=20)
+    return context.wrap_socket(plain, server_hostname=host)
+
+
+def ends(sock: socket.socket) -> bool:
+    """Does the other side close it, within the socket's patience?"""
+    with contextlib.suppress(ConnectionError, ssl.SSLError):
+        return sock.recv(100) == b""
+    return True
+
+
+def test_a_connection_that_asks_nothing_is_closed(link, monkeypatch):
+    monkeypatch.setattr(gate, "FIRST_SECONDS", 0.3)
+    begin = time.monotonic()
+    with tls(link) as silent:
+        assert ends(silent)
+    assert time.monotonic() - begin < 15
+    with tls(link) as slow:
+        slow.sendall(b"POST /v1/fleet/push-object HTTP/1.1\r\nhost: x\r\n")
+        assert ends(slow), "half a request is none"
+    client = link.connect("a")
+    assert client.receive() is None, "who asks is served"
+
+
+def test_one_address_holds_only_so_many_connections(link, monkeypatch):
+    until(lambda: not Limited._open, "the end of earlier tests' connections")
+    monkeypatch.setattr(gate, "MOST_PER_ADDRESS", 3)
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(tls(link)) for _ in range(3)]
+        for sock in held:
+            sock.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert b"200" in sock.recv(1000)
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            assert ends(stack.enter_context(tls(link)))
+        held[0].sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert b"200" in held[0].recv(1000), "those that were there are not disturbed"
+    until(lambda: not Limited._open, "the count after they are gone")
+    assert link.connect("a").receive() is None
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(link, monkeypatch):
+    monkeypatch.setattr(gate, "BODY_SECONDS", 0.3)
+    client = link.connect("a")
+    http = client._client._client
+    signer = NodeAuthHttpInterceptor(link.keys["a"], link.keys["a"].public_key())
+
+    def half() -> Iterator[bytes]:
+        yield b"x" * 10
+        time.sleep(1.5)
+        yield b"x" * 90
+
+    request = http.build_request(
+        "POST",
+        f"https://{link.address}/v1/fleet/push-object",
+        content=half(),
+        headers={"content-length": "100", "content-type": "application/protobuf"},
+    )
+    signer.intercept(SimpleNamespace(request=request), lambda _: None)
+    assert http.send(request).status_code == 408
+    assert client.receive() is None, "whose connection is as good as new"
