@@ -29,7 +29,7 @@ from client.connection import Connection, Refused
 from common.invitation import read_invitation
 from common.keys import fingerprint, new_private_key
 from server import certificates
-from server.superlink import ALLOWED, LARGEST_REQUEST
+from server.gate import ALLOWED, LARGEST_REQUEST
 
 pytestmark = pytest.mark.slow
 PROTOBUF = {"content-type": "application/protobuf"}
