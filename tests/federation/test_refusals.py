@@ -264,13 +264,13 @@ def test_an_outsider_cannot_fill_the_memory(federation):
 
 def test_a_server_waits_not_for_ever_and_says_who_is_missing(new_federation):
     federation = new_federation(
-        "server.wait_minutes=0.3", "rounds.min_sites=2", sites=["site-01", "site-06"]
+        "server.wait_minutes=0.1", "rounds.min_sites=2", sites=["site-01", "site-06"]
     )
     client = federation.join("site-01")
     client.says("nothing listens there now")
     server = federation.start()
     server.fails_saying(
-        "needed sites came within 0.3 minutes",
+        "needed sites came within 0.1 minutes",
         "site-06: it has never connected.",
         "Start again when they are ready; nothing is lost.",
         "Training NOT complete: 0 rounds.",
