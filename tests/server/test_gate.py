@@ -8,7 +8,7 @@ import random
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -22,28 +22,29 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from client.connection import Unreachable
 from server import gate
 from server.gate import DEEPEST, LONGEST_REASON, MOST_PIECES, Limited, reply_problem
-from tests.link import Link, reply_to, take, until
+from tests.link import Link, linked, reply_to, take, until
 
 HASH = "ab" * 32
 
 
-@pytest.fixture
-def announced(link: Link, monkeypatch) -> Callable[[], PushMessagesRequest]:
-    """A function: what an honest client announces as its reply, as it goes over the line."""
-    client = link.connect("a")
-    link.send("a")
-    reply = reply_to(client, take(client))
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory, authority) -> bytes:
+    """What an honest client announces as its reply, as it goes over the line."""
     seen: list[PushMessagesRequest] = []
-    push = client._client.PushMessages
-    client._client.PushMessages = lambda request: seen.append(request) or push(request)
-    assert client.send(reply)
+    with linked(tmp_path_factory.mktemp("link"), authority, "a") as link:
+        client = link.connect("a")
+        link.send("a")
+        reply = reply_to(client, take(client))
+        push = client._client.PushMessages
+        client._client.PushMessages = lambda request: seen.append(request) or push(request)
+        assert client.send(reply)
+    return seen[0].SerializeToString()
 
-    def copy() -> PushMessagesRequest:
-        request = PushMessagesRequest()
-        request.CopyFrom(seen[0])
-        return request
 
-    return copy
+@pytest.fixture
+def announced(honest: bytes) -> PushMessagesRequest:
+    """The same, to be spoilt."""
+    return PushMessagesRequest.FromString(honest)
 
 
 def chain(depth: int, name: str = "cd" * 32) -> ObjectTree:
@@ -54,11 +55,9 @@ def chain(depth: int, name: str = "cd" * 32) -> ObjectTree:
 
 
 def test_an_honest_reply_passes(announced):
-    request = announced()
-    assert reply_problem(request.SerializeToString(), set()) == ""
-    error = announced()
-    error.messages_list[0].error.reason = "x" * LONGEST_REASON
-    assert reply_problem(error.SerializeToString(), set()) == ""
+    assert reply_problem(announced.SerializeToString(), set()) == ""
+    announced.messages_list[0].error.reason = "x" * LONGEST_REASON
+    assert reply_problem(announced.SerializeToString(), set()) == ""
 
 
 @pytest.mark.parametrize(
@@ -91,24 +90,21 @@ def test_an_honest_reply_passes(announced):
     ],
 )
 def test_what_no_honest_site_sends_is_refused(announced, spoil, said):
-    request = announced()
-    spoil(request)
-    assert said in reply_problem(request.SerializeToString(), {HASH})
+    spoil(announced)
+    assert said in reply_problem(announced.SerializeToString(), {HASH})
 
 
 def test_a_head_that_holds_content_is_refused(announced):
-    request = announced()
     content = recorddict_to_proto(RecordDict({"x": ConfigRecord({"a": 1}), "y": ArrayRecord()}))
-    request.messages_list[0].content.CopyFrom(content)
-    assert "holds content" in reply_problem(request.SerializeToString(), set())
+    announced.messages_list[0].content.CopyFrom(content)
+    assert "holds content" in reply_problem(announced.SerializeToString(), set())
 
 
-def test_any_bytes_at_all_are_judged(announced):
-    body = announced().SerializeToString()
+def test_any_bytes_at_all_are_judged(honest):
     noise = random.Random(3)
     outcomes = set()
     for _ in range(500):
-        spoilt = bytearray(body)
+        spoilt = bytearray(honest)
         spoilt[noise.randrange(len(spoilt))] = noise.randrange(256)
         whole = noise.randrange(5)
         end = len(spoilt) if whole else noise.randrange(1, len(spoilt))

@@ -467,6 +467,24 @@ def test_a_task_that_was_not_taken_before_the_restart_comes_once(link):
 # --------------------------------------------------------------------------- what cannot be right
 
 
+@pytest.mark.parametrize("pieces", [0, 3, 99])
+def test_who_claims_the_next_models_pieces_is_refused_and_nobody_else_harmed(link, pieces):
+    """A site may know the model, as from before a restart of the server, and announce its pieces."""
+    a, b = link.connect("a"), link.connect("b")
+    first = link.send("a")
+    claim = reply_to(a, take(a), model(7))
+    cut_after(a, pieces)
+    with contextlib.suppress(Unreachable):
+        a.send(claim)
+    assert pieces == 99 or link.pull(first) is None
+    second = link.send("b", model(7))
+    assert same(take(b).content, model(7))
+    assert words(link.pull(first)) == "its reply names an object of the server."
+    assert link.pull(second) is None
+    link.expire(second)
+    assert link.rows() == {}
+
+
 class Direct:
     """Flower's handlers of a reply without network and authentication, which take most of the time."""
 

@@ -87,14 +87,17 @@ def test_no_other_route_of_flower_is_there(link):
             assert request(link, method, path) == 404, (method, path)
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["//v1/control/list-runs", "/health/../v1/control/list-runs", "/v1/fleet/../control/list-runs",
-     "/v1/fleet/%2e%2e/control/list-runs", "/V1/FLEET/activate-node", "/health?x=/v1/control",
-     "/v1/fleet/activate-node/"],
-)  # fmt: skip
-def test_a_path_cannot_be_written_so_that_it_passes(link, path):
-    assert request(link, "POST", path) in ({404} if "?" not in path else {405})
+def test_a_path_cannot_be_written_so_that_it_passes(link):
+    for path in (
+        "//v1/control/list-runs",
+        "/health/../v1/control/list-runs",
+        "/v1/fleet/../control/list-runs",
+        "/v1/fleet/%2e%2e/control/list-runs",
+        "/V1/FLEET/activate-node",
+        "/v1/fleet/activate-node/",
+    ):
+        assert request(link, "POST", path) == 404, path
+    assert request(link, "POST", "/health?x=/v1/control") == 405
 
 
 def test_all_but_health_is_for_enrolled_keys_only(link):
