@@ -4,7 +4,7 @@ VENV   ?= .venv
 DEMO   ?= demo
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check install clean
+.PHONY: demo test bench check install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fed-sim phantom $(DEMO)/data --sites 6 --subjects 16 --grid 80 80 52
@@ -16,6 +16,9 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/round_overhead.py
 
 install: $(VENV)/.installed
 

@@ -1,0 +1,1 @@
+"""The app that `benchmarks/round_overhead.py` has stock Flower run."""
