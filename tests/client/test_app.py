@@ -193,11 +193,11 @@ def test_a_task_as_a_change_is_refused(site, config):
 
 
 def test_evaluation_sends_means_and_keeps_the_subjects_at_the_site(site, config):
-    reply = ask(site, MessageType.EVALUATE, evaluate_task(config, round=12))
+    reply = ask(site, MessageType.EVALUATE, evaluate_task(config, round=3))
     report = unpack_site_report(reply.content)
-    assert (report.site, report.round, report.metrics.n) == ("site-01", 12, 2)
+    assert (report.site, report.round, report.metrics.n) == ("site-01", 3, 2)
     assert SECRET not in everything_in(reply)
-    kept = json.loads((site / "evaluation" / "round-0012.json").read_text())
+    kept = json.loads((site / "evaluation" / "round-0003.json").read_text())
     assert len({subject["subject"] for subject in kept}) == 2
     assert all(subject["subject"].startswith(SECRET) for subject in kept)
     for region in ("WT", "TC", "ET"):
@@ -276,7 +276,28 @@ def test_a_message_of_another_form_is_refused(site, config):
     assert "about" in ask(site, MessageType.EVALUATE, RecordDict()).error.reason
 
 
-def test_a_diverged_training_is_an_answer_in_words(site, config):
+@pytest.mark.parametrize("rate", [0.0201, 1e30, 0.0, -0.01, float("nan"), float("inf")])
+def test_a_learning_rate_above_the_agreed_one_is_refused(site, config, rate):
+    """The coordinator may lower it from round to round, not raise it."""
+    assert config.training.learning_rate == 0.02
+    reply = ask(site, MessageType.TRAIN, train_task(config, learning_rate=rate))
+    assert reply.error.reason == (
+        f"site-01: the task's learning rate is {rate:g}; agreed is at most 0.02."
+    )
+
+
+@pytest.mark.parametrize("round_", [0, -1, 4, 2**40])
+def test_a_round_that_was_not_agreed_is_refused(site, config, round_):
+    for kind, task in ((MessageType.TRAIN, train_task), (MessageType.EVALUATE, evaluate_task)):
+        reply = ask(site, kind, task(config, round=round_))
+        assert reply.error.reason == (
+            f"site-01: the task is for round {round_}; agreed are 3 rounds."
+        )
+
+
+def test_a_diverged_training_is_an_answer_in_words(prepared, tiny_config, tmp_path):
+    config = tiny_config("training.learning_rate=1e30")
+    site = site_in(tmp_path, prepared, config)
     reply = ask(site, MessageType.TRAIN, train_task(config, learning_rate=1e30))
     assert "not finite" in reply.error.reason
     assert "training.learning_rate" in reply.error.reason
