@@ -73,7 +73,7 @@ def failing_in_words(
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         remedy = " Free disk space, then type the same again." if error.errno in DISK_FULL else ""
-        complain(name, f"{place}{error.strerror or error}.{remedy}")
+        complain(name, f"{place}{str(error.strerror or error).removesuffix('.')}.{remedy}")
         raise SystemExit(FAILED) from None
     except Exception as error:
         from common.config_file import ConfigError

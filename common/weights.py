@@ -42,7 +42,7 @@ def save_weights(
     try:
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
     except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written ({error}).") from error
+        raise OSError(f"{path}: cannot be written ({error}). Free disk space there.") from error
     return file_sha256(path)
 
 
