@@ -67,6 +67,14 @@ class Refused(RuntimeError):
     """The coordinator or the certificate check says no; waiting will not help."""
 
 
+class UnknownKey(Refused):
+    """This site's key is not enrolled, or not any more."""
+
+
+class Rejected(Unreachable):
+    """The coordinator does not take what was sent; for a reply, sending it again will not help."""
+
+
 class AlreadyConnected(Unreachable):
     """Another client is connected with this key, or was until a moment ago."""
 
@@ -222,7 +230,10 @@ class Connection:
                 message_object_trees=[tree],
                 clientapp_runtime_list=[0.0],
             )
-            response = self._call(self._client.PushMessages, request)
+            try:
+                response = self._call(self._client.PushMessages, request)
+            except Rejected as error:
+                raise RunOver(str(error)) from error
             missing = set(response.objects_to_push)
             if not missing:
                 return self._pushed == reply.object_id  # only the last answer was lost
@@ -319,7 +330,7 @@ class Connection:
                     f"{self._address}: this machine's clock is {_duration(abs(apart))} {way} "
                     "the coordinator's. Set the clock (NTP) on the one that is wrong."
                 )
-            return Refused(
+            return UnknownKey(
                 f"{self._address}: the coordinator does not know this site's key "
                 f"({fingerprint(self._key.public_key())}), or has revoked it. Send site.pub to the "
                 "coordinator, who enrols it with `fed-server admit`."
@@ -338,7 +349,8 @@ class Connection:
             return Refused(
                 f"{self._address}: this is not a fedbrats server (HTTP {status}); check the address."
             )
-        return Unreachable(f"{self._address}: the coordinator has a problem (HTTP {status}).")
+        kind = Rejected if status in (400, 413) else Unreachable
+        return kind(f"{self._address}: the coordinator has a problem (HTTP {status}).")
 
 
 class _Bounded(httpx.SyncByteStream):

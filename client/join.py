@@ -33,6 +33,7 @@ from client.connection import (
     Refused,
     RunOver,
     TooLarge,
+    UnknownKey,
     Unreachable,
 )
 from client.display import Display
@@ -386,7 +387,8 @@ class Membership:
         try:
             departure = outbound.release(reply, self._folder.sent)
             kept = self._persist(lambda: connection.send(reply))
-        except RunOver:
+        except RunOver as error:
+            LOG.warning(str(error))
             kept = False
         except outbound.OutboundError as error:
             raise JoinFailed(str(error)) from error
@@ -418,6 +420,8 @@ class Membership:
                 self._reached(again=wait > FIRST_WAIT)
                 raise
             except (Unreachable, Refused) as error:
+                if refused and isinstance(error, UnknownKey):
+                    raise JoinFailed(str(error)) from error  # not even after opening anew
                 self._give_up_after(time.monotonic() - begin, error)
                 refused = isinstance(error, Refused)
                 text = f"{error} Trying again."
@@ -494,7 +498,7 @@ class Membership:
     @staticmethod
     def _error(message: Message, reason: str) -> Message:
         code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-        return Message(Error(code=code, reason=reason), reply_to=message)
+        return Message(Error(code=code, reason=plain(reason)), reply_to=message)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from client.connection import (
     Refused,
     RunOver,
     TooLarge,
+    UnknownKey,
     Unreachable,
 )
 from common.keys import fingerprint, new_private_key
@@ -116,7 +117,7 @@ def test_a_server_of_another_authority_hears_nothing(link, tmp_path):
 
 def test_an_unknown_key_is_told_which_it_is_and_what_to_do(link):
     link.keys["c"] = new_private_key()
-    text = refusal(Refused, link.connection("c").open, link.address)
+    text = refusal(UnknownKey, link.connection("c").open, link.address)
     assert fingerprint(link.keys["c"].public_key()) in text
     assert "fed-server admit" in text
 
@@ -243,7 +244,7 @@ def answering(
         (503, b'{"code": "x"}', Unreachable, "the coordinator has a problem (HTTP 503)"),
         (502, b'{"code": null, "a": [', Unreachable, "(HTTP 502)"),
         (200, b"<html>welcome</html>", Unreachable, "answers in an unknown way"),
-        (401, b"", Refused, "does not know this site's key"),
+        (401, b"", UnknownKey, "does not know this site's key"),
     ],
 )
 def test_another_server_is_recognised(authority, status, body, kind, said):
