@@ -21,6 +21,7 @@ from common.weights import BadWeights, Weights
 
 FP32, FP16_CHANGE = "fp32", "fp16-change"
 LARGEST_HEADER = 2**24  # bytes; a network of ten thousand tensors needs less than 2 MiB
+EXACT_SCALE = 120  # fp32 holds 2 to this power and its inverse
 TARGET = 15  # the largest magnitude becomes less than 2^15; fp16 ends at 65504
 
 
@@ -46,7 +47,7 @@ def encode_change(weights: Mapping[str, torch.Tensor], base: Mapping[str, torch.
         if not math.isfinite(largest):
             raise BadWeights(f"tensor {name} holds values that are not finite.")
         scales[name] = TARGET - math.frexp(largest)[1] if largest > 0 else 0
-        tensors[name] = torch.ldexp(change.double(), torch.tensor(scales[name])).half()
+        tensors[name] = _scaled(change, scales[name]).half()
     return _encoded(tensors, {"encoding": FP16_CHANGE, "scales": json.dumps(scales)})
 
 
@@ -86,8 +87,14 @@ def _fits(change: torch.Tensor, base: torch.Tensor) -> bool:
 
 
 def _restored(change: torch.Tensor, base: torch.Tensor, scale: int) -> torch.Tensor:
-    exact = torch.ldexp(change.double(), torch.tensor(-scale))
-    return (base.float() + exact.float()).to(base.dtype)
+    return (base.float() + _scaled(change.float(), -scale)).to(base.dtype)
+
+
+def _scaled(values: torch.Tensor, scale: int) -> torch.Tensor:
+    """fp32 `values` times 2^scale; exact where fp32 can hold the result."""
+    if abs(scale) <= EXACT_SCALE:
+        return values * 2.0**scale
+    return torch.ldexp(values.double(), torch.tensor(scale)).float()
 
 
 def _encoded(tensors: Mapping[str, torch.Tensor], about: dict[str, str]) -> bytes:
