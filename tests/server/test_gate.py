@@ -19,7 +19,7 @@ from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from client.connection import Unreachable
+from client.connection import RunOver
 from server import gate
 from server.gate import DEEPEST, LONGEST_REASON, MOST_PIECES, Limited, reply_problem
 from tests.link import Link, linked, reply_to, take, until
@@ -126,10 +126,10 @@ def test_an_objects_name_that_the_server_has_sent_cannot_be_claimed(link):
     sent = link.send("b")
     task = take(a)
     reply = reply_to(a, task, task.content)  # its pieces are the server's own
-    with pytest.raises(Unreachable, match="HTTP 400"):
+    with pytest.raises(RunOver, match="HTTP 400"):
         a.send(reply)
     assert take(b).content == task.content
-    with pytest.raises(Unreachable, match="HTTP 400"):
+    with pytest.raises(RunOver, match="HTTP 400"):
         b.send(reply_to(b, task))  # nor does b answer for a
     assert link.pull(sent) is None
 
@@ -144,7 +144,7 @@ def test_an_error_reply_of_a_site_passes_the_gate(link):
     link.send("a")
     task = take(client)
     reply_to(client, task)
-    with pytest.raises(Unreachable, match="HTTP 400"):
+    with pytest.raises(RunOver, match="HTTP 400"):
         client.send(Message(Error(code=2, reason="x" * (LONGEST_REASON + 1)), reply_to=task))
 
 
