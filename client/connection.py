@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any, TypeVar, cast
 
-import flwr
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
@@ -45,9 +44,9 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from common.flower import require_flower
 from common.keys import fingerprint
 
-FLOWER = "1.41.0"
 TIMEOUT = httpx.Timeout(20.0, connect=10.0)  # seconds, of one step of a request
 ANSWER_SECONDS = 300.0  # for all of one answer: a piece of 5 MB at 140 kbit/s
 LARGEST_ANSWER = 16 * 2**20  # bytes; Flower cuts what it sends into pieces of 5 MB
@@ -104,8 +103,7 @@ class Connection:
             ca_certificate: PEM text.
             check: called again and again while something is under way; may raise to end it.
         """
-        if flwr.__version__ != FLOWER:
-            raise RuntimeError(f"fedbrats needs flwr {FLOWER}, found {flwr.__version__}.")
+        require_flower()
         self._address = address
         self._key = private_key
         self._client = FleetHttpClient.from_server_address(

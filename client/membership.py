@@ -294,6 +294,7 @@ def _foreseen() -> tuple[type[Exception], ...]:
     from client.join import JoinFailed
     from client.outbound import OutboundError
     from common.files import AlreadyInUse
+    from common.flower import WrongFlower
     from common.invitation import BadInvitation
     from common.keys import BadKey
     from common.terms import BadTerms
@@ -307,4 +308,5 @@ def _foreseen() -> tuple[type[Exception], ...]:
         JoinFailed,
         NotAccepted,
         OutboundError,
+        WrongFlower,
     )

@@ -20,6 +20,7 @@ from common.messages import SiteCard, unpack_site_card
 from common.notices import pack_roll_call
 from common.records import BadMessage
 from common.terms import Terms, changes, terms_from
+from server.exchange import send
 from server.history import History
 from server.link_grid import Contact, LinkGrid
 from server.roll_call import FederationFailed, Roll
@@ -136,7 +137,7 @@ class Attendance:
             if contact is not None and contact.online and self._is_due(called, contact, now):
                 content = pack_roll_call(self.terms)
                 message = Message(content, contact.node, MessageType.QUERY, ttl=CALL_SECONDS)
-                message_id = next(iter(self.grid.push_messages([message])), "")
+                message_id = send(self.grid, message)
                 if message_id:
                     self._called[site] = _Called(
                         contact.node, contact.activated, now, message_id=message_id

@@ -68,13 +68,10 @@ def init(
     start_logging()
     with _failing():
         from common.config_file import load_config
-        from server.certificates import CertificateError, host_name, read_certificate
+        from server.certificates import read_certificate
         from server.coordinator import host_and_port, init_folder
 
-        try:
-            hosts = [host_name(host) for host in address or ()]
-        except CertificateError as error:
-            raise typer.BadParameter(str(error), param_hint="--address") from None
+        hosts = _hosts(address)
         given = [f"rounds.min_sites={MIN_SITES}", *(assign or ())]
         if name is not None:
             given.append(f"name={json.dumps(name)}")
@@ -245,14 +242,10 @@ def renew_certificate(
     """
     start_logging()
     with _failing():
-        from server.certificates import CertificateError, host_name
         from server.coordinator import load_coordinator
         from server.coordinator import renew_certificate as renew
 
-        try:
-            hosts = [host_name(host) for host in address or ()]
-        except CertificateError as error:
-            raise typer.BadParameter(str(error), param_hint="--address") from None
+        hosts = _hosts(address)
         certificate = renew(load_coordinator(folder), hosts)
     print(f"Certificate for {', '.join(certificate.hosts)} until {certificate.not_after:%Y-%m-%d}.")
     print("A server that is running uses it from its next start on.")
@@ -260,6 +253,16 @@ def renew_certificate(
 
 for command in (running.start, running.status, running.stop, running.export):
     app.command()(command)
+
+
+def _hosts(address: list[str] | None) -> list[str]:
+    """The names and addresses given with --address, as certificates write them."""
+    from server.certificates import CertificateError, host_name
+
+    try:
+        return [host_name(host) for host in address or ()]
+    except CertificateError as error:
+        raise typer.BadParameter(str(error), param_hint="--address") from None
 
 
 def _told(status: Path) -> dict[str, dict[str, str]]:

@@ -17,6 +17,11 @@ Answer = TypeVar("Answer")
 Key = TypeVar("Key")
 
 
+def send(grid: Grid, message: Message) -> str:
+    """The message's id, or "" if it cannot be sent. (Grids differ in how they say so.)"""
+    return next(iter(grid.push_messages([message])), None) or ""
+
+
 def answers(
     grid: Grid,
     messages: Mapping[Key, Message],
@@ -26,9 +31,7 @@ def answers(
 
     How long to wait is the grid's affair: a reply that no longer can come is an error reply.
     """
-    sent = {
-        key: next(iter(grid.push_messages([message])), None) for key, message in messages.items()
-    }
+    sent = {key: send(grid, message) for key, message in messages.items()}
     for key, message_id in sent.items():
         if not message_id:
             yield key, "the message could not be sent."

@@ -182,6 +182,7 @@ def _failing() -> AbstractContextManager[None]:
 
 def _foreseen() -> tuple[type[Exception], ...]:
     from common.files import AlreadyInUse
+    from common.flower import WrongFlower
     from common.keys import BadKey
     from common.weights import BadWeights
     from server.certificates import CertificateError
@@ -201,4 +202,5 @@ def _foreseen() -> tuple[type[Exception], ...]:
         EnrolmentError,
         FederationFailed,
         HistoryError,
+        WrongFlower,
     )

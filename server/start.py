@@ -30,6 +30,7 @@ from server.background import every
 from server.certificates import read_certificate
 from server.checkpoint import RunFolder
 from server.coordinator import CoordinatorFolder, host_and_port, terms
+from server.exchange import send
 from server.history import History
 from server.link_grid import LinkGrid
 from server.live import Board, showing
@@ -195,7 +196,7 @@ def _say_farewell(grid: LinkGrid, judged: Verdict) -> None:
     for contact in grid.contacts().values():
         if contact.online:
             message = Message(content, contact.node, MessageType.QUERY, ttl=FAREWELL_SECONDS)
-            waiting[contact.site] = next(iter(grid.push_messages([message])), "")
+            waiting[contact.site] = send(grid, message)
     until = time.monotonic() + FAREWELL_SECONDS
     waiting = {site: message_id for site, message_id in waiting.items() if message_id}
     while waiting and time.monotonic() < until:

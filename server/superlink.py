@@ -22,7 +22,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import flwr
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
 from fastapi import FastAPI
@@ -62,9 +61,9 @@ from sqlalchemy import event, update
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 
+from common.flower import require_flower
 from server.gate import Gate, Limited
 
-FLOWER = "1.41.0"
 KEEP_ALIVE_SECONDS = 75
 BUSY_SECONDS = 60  # that one transaction may wait for another
 
@@ -77,10 +76,9 @@ def open_link_state(database: Path) -> LinkStateFactory:
     """The link state in this file. Runs that an earlier process left behind are stopped.
 
     Raises:
-        RuntimeError: another version of Flower is installed than this module was written for.
+        WrongFlower: another version of Flower is installed than this module was written for.
     """
-    if flwr.__version__ != FLOWER:
-        raise RuntimeError(f"fedbrats needs flwr {FLOWER}, found {flwr.__version__}.")
+    require_flower()
     store = ObjectStoreFactory(str(database))
     factory = LinkStateFactory(str(database), NoOpFederationManager(), store)
     database.touch(mode=0o600)
