@@ -83,7 +83,7 @@ class RunOver(RuntimeError):
 
 
 class TooLarge(RuntimeError):
-    """A message holds more than the agreed network can; it was not fetched."""
+    """A message holds more than the agreed network can, or is not what was announced; it is dropped."""
 
 
 class Connection:

@@ -130,8 +130,8 @@ CONSENT SHEET of federation "{c.name}" ({terms.federation}) for {invitation.site
    - the text of an error or refusal, free of paths and data; that the farewell was heard
    - as with any connection: this machine's address, when it is connected, this site's public key,
      the versions of the programs, and the fingerprint of the configuration
-  For each round at most 10 such answers, should connections break; never for an earlier round than
-  the last trained.
+  For each round at most 10 updates and 10 sets of means, should connections break; no update for an
+  earlier round than the last.
   What stays: every scan, segmentation and subject id; results of single subjects.
 
   Privacy       NO differential privacy and NO secure aggregation. Weights and means can reveal

@@ -337,11 +337,10 @@ class Membership:
             if message.metadata.message_type == MessageType.TRAIN
             else outbound.METRICS
         )
-        round_ = _round(message)
-        answered = outbound.answered(self._folder.sent, kind, consent.accepted_at(self._folder))
-        site = self._invitation.site
+        site, round_ = self._invitation.site, _round(message)
         if round_ is None:
             return self._refusal(f"{site}: the task names no round.")
+        answered = outbound.answered(self._folder.sent, kind, consent.accepted_at(self._folder))
         if kind == outbound.UPDATE and round_ < max(answered, default=0):
             return self._refusal(f"{site}: it has trained for later rounds than {round_} already.")
         if answered.get(round_, 0) >= MOST_ANSWERS:
