@@ -1,6 +1,6 @@
 """Seconds and bytes of a round beyond training: fed-server and fed-client against stock Flower.
 
-    python benchmarks/round_overhead.py [--sites 4] [--blocks 3] [--rounds 4] [--json FILE]
+    python benchmarks/round_overhead.py [--sites 4] [--blocks 3] [--rounds 4] [--json FILE] [--without-stock]
 
 Both do the same work on loopback, over TLS, with node authentication, the link state on disk: a
 round trains at every site, averages, and evaluates the new model at every site, with the same initial
@@ -447,6 +447,8 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     load = [os.getloadavg()[0]]
     for block in range(1, chosen.blocks + 1):
         for name, setting in SYSTEMS.items():
+            if chosen.without_stock and not setting:
+                continue
             place = folder / f"block-{block}-{list(SYSTEMS).index(name)}"
             # one more than is asked for: our last round is followed by the final evaluation
             settings = (setting or "rounds.updates=fp32", f"rounds.number={chosen.rounds + 1}")
@@ -464,6 +466,8 @@ def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
             print(" ".join(f"{s:.2f}" for s in last), file=sys.stderr)
     rows = {}
     for name, rounds in measured.items():
+        if not rounds.seconds:
+            continue
         up, down = (int(statistics.median(sizes)) for sizes in (rounds.up, rounds.down))
         copies = [transfer_seconds(made, relay, down, up) for _ in range(5)]
         transfer, median = statistics.median(copies), statistics.median(rounds.seconds)
@@ -524,6 +528,9 @@ def main() -> None:
     options.add_argument("--blocks", type=int, default=3)
     options.add_argument("--rounds", type=int, default=4)
     options.add_argument("--json")
+    options.add_argument(
+        "--without-stock", action="store_true", help="ours alone: a minute a block"
+    )
     options.add_argument("--keep", help="a new folder for everything, to look at afterwards")
     chosen = options.parse_args()
     from common.environment import prepare_environment

@@ -22,8 +22,6 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.app.error import Error
 from flwr.common.constant import ErrorCode
-from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.supercore.task_identity import TaskIdentity
 
 from client import consent, outbound
@@ -38,6 +36,7 @@ from client.connection import (
 )
 from client.display import Display
 from client.hospital import HospitalFolder
+from client.parcel import pack, unpack
 from client.site_config import SiteConfig
 from client.worker_process import Event, Worker
 from common.code_hash import code_hash
@@ -231,7 +230,7 @@ class Membership:
         if self._worker is None:
             self._worker = Worker(self._folder.path, self._settings.device)
         self._task = _Task(message, time.monotonic())
-        payload = message_to_proto(message).SerializeToString()
+        payload = pack(message)
         self._worker.order("answer", payload, code=code_hash())
         round_ = _round(message)
         if round_ is not None:
@@ -256,7 +255,7 @@ class Membership:
                     reason = f"it took longer than the round's deadline of {minutes:g} minutes."
                     self._finish(connection, self._error(task.message, reason))
             elif event.kind == "reply":
-                reply = message_from_proto(MessageProto.FromString(event.payload))
+                reply = unpack(event.payload)
                 self._finish(connection, reply)
             else:
                 LOG.warning(event.details["text"])

@@ -117,14 +117,13 @@ def _prepare(folder: Path, name: str) -> dict[str, Any]:
 
 def _answer(folder: Path, payload: bytes) -> bytes:
     from flwr.app import Context, RecordDict
-    from flwr.common.serde import message_from_proto, message_to_proto
-    from flwr.proto.message_pb2 import Message as MessageProto
     from flwr.supercore.task_identity import TaskIdentity
 
     from client.app import app
     from client.hospital import HospitalFolder
+    from client.parcel import pack, unpack
 
-    message = message_from_proto(MessageProto.FromString(payload))
+    message = unpack(payload)
     node = message.metadata.dst_node_id
     # Message() stamps sender and run from here
     TaskIdentity.task_id, TaskIdentity.run_id = message.metadata.run_id, message.metadata.run_id
@@ -136,7 +135,7 @@ def _answer(folder: Path, payload: bytes) -> bytes:
         state=RecordDict(),
         run_config={},
     )
-    return bytes(message_to_proto(app(message, context)).SerializeToString())
+    return pack(app(message, context))
 
 
 def _require_same_code(parents: str) -> None:

@@ -71,8 +71,9 @@ class CoordinatorFolder:
         return self.path / "enrolled.sqlite"
 
     @property
-    def superlink(self) -> Path:
-        return self.path / "superlink.sqlite"
+    def pieces(self) -> Path:
+        """Messages on their way; emptied at every start."""
+        return self.path / "pieces"
 
     @property
     def run(self) -> Path:

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections import Counter
 from collections.abc import Awaitable, Callable, Container, Iterator, MutableMapping
-from typing import Any, ClassVar
+from typing import Any
 
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import ObjectTree
@@ -123,23 +122,16 @@ def reply_problem(body: bytes, own: Container[str]) -> str:
 class Limited(HttpToolsProtocol):
     """Uvicorn's connection, of which there may be only so many, and none that asks nothing."""
 
-    _open: ClassVar[Counter[str]] = Counter()
     _address = ""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._address = str((transport.get_extra_info("peername") or ("?",))[0])
-        self._open[self._address] += 1
-        if len(self.connections) > MOST_CONNECTIONS or self._open[self._address] > MOST_PER_ADDRESS:
+        same = sum(self._address == getattr(c, "_address", "") for c in self.connections)
+        if len(self.connections) > MOST_CONNECTIONS or same > MOST_PER_ADDRESS:
             transport.abort()
             return
         self._first = self.loop.call_later(FIRST_SECONDS, self._close_if_unused)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._open[self._address] -= 1
-        if not self._open[self._address]:
-            del self._open[self._address]
-        super().connection_lost(exc)
 
     def _close_if_unused(self) -> None:
         if self.cycle is None and not self.transport.is_closing():

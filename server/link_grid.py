@@ -13,14 +13,12 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import cast
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.app.error import Error
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import HEARTBEAT_PATIENCE, SUPERLINK_NODE_ID, ErrorCode
-from flwr.server.superlink.linkstate import LinkState
-from flwr.server.superlink.linkstate.utils import dict_to_message
 from flwr.serverapp import Grid
 from flwr.supercore.constant import NodeStatus
 from flwr.supercore.inflatable.inflatable_object import (
@@ -32,14 +30,11 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.run import Run
-from flwr.supercore.state.schema.corestate_models import ObjectPushSession, ObjectPushSessionRoot
-from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.supercore.utils import int64_to_uint64
-from sqlalchemy import delete, select, update
 
 from common.console import plain
 from server.gate import MOST_PIECES
+from server.superlink import LinkState
 
 LARGEST_REPLY = 2**31  # bytes
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -83,13 +78,14 @@ class LinkGrid(Grid):
         own: set[str] | None = None,
     ) -> None:
         """`largest_reply` in bytes; `own` is given the ids of all objects that are sent."""
-        self._state: Any = state
+        self._state = state
         self._run_id = run_id
         self._return_seconds = return_seconds
         self._largest_reply = largest_reply
         self._own = set() if own is None else own
         self._sent: dict[str, _Sent] = {}
         self._away: dict[str, float] = {}  # since when a site is offline, by this process's clock
+        self._known: dict[str, Contact] = {}  # of `SECONDS_BETWEEN_LOOKS` ago at most
         self._looked = 0.0
         # so that nobody can know an object's id before it is sent, and claim it (server.gate)
         self._nonce = secrets.token_hex(16)
@@ -105,7 +101,7 @@ class LinkGrid(Grid):
                 continue
             patience = HEARTBEAT_PATIENCE * node.heartbeat_interval
             online = node.status == NodeStatus.ONLINE
-            last = node.online_until - (patience if online else 0)
+            last = (node.online_until or 0.0) - (patience if online else 0)
             found[node.name] = Contact(
                 node=node.node_id,
                 site=node.name,
@@ -117,27 +113,13 @@ class LinkGrid(Grid):
 
     def doing(self) -> dict[str, str]:
         """What each site that owes a reply does: called, answering, training, evaluating, sending."""
-        with self._state.session() as session:
-            rows = session.execute(
-                select(MessageIns.message_id, MessageIns.delivered_at).where(
-                    MessageIns.message_id.in_(list(self._sent))
-                )
-            ).all()
-            begun = set(
-                session.scalars(
-                    select(MessageRes.reply_to_message_id).where(
-                        MessageRes.reply_to_message_id.in_(list(self._sent))
-                    )
-                )
-            )
         state = {}
-        for message_id, delivered in rows:
-            sent = self._sent.get(message_id)
-            if sent is not None:
-                work = WORK.get(sent.message.metadata.message_type, "working")
-                state[sent.site] = (
-                    "sending" if message_id in begun else work if delivered else "called"
-                )
+        with self._state.lock:
+            for message_id, sent in list(self._sent.items()):
+                metadata = sent.message.metadata
+                work = WORK.get(metadata.message_type, "working")
+                delivered = work if metadata.delivered_at else "called"
+                state[sent.site] = "sending" if self._reply_id(message_id) else delivered
         return state
 
     # ------------------------------------------------------------------- what a Flower Grid must do
@@ -164,7 +146,8 @@ class LinkGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Ids of the messages in order; "" for one whose site is no longer enrolled."""
-        sites = {contact.node: contact.site for contact in self.contacts().values()}
+        self._look_around()
+        sites = {contact.node: contact.site for contact in self._known.values()}
         ids = []
         for message in messages:
             site = sites.get(message.metadata.dst_node_id)
@@ -172,7 +155,12 @@ class LinkGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies that are there, and error replies for messages that will have none."""
+        """The replies that are there, and error replies for messages that will have none.
+
+        Raises:
+            OSError: the disk is full, so that no reply can come.
+        """
+        self._state.pieces.check()
         self._look_around()
         replies = []
         for message_id in message_ids:
@@ -193,8 +181,8 @@ class LinkGrid(Grid):
         for record in message.content.values():
             if isinstance(record, ConfigRecord):
                 record["nonce"] = self._nonce
-        # one transaction: a site must not see the message before all of it is there
-        with no_object_id_recompute(), self._state.session():
+        # under one lock: a site must not see the message before all of it is there
+        with no_object_id_recompute(), self._state.lock:
             message.metadata.__dict__["_message_id"] = message_id = message.object_id
             objects = get_all_nested_objects(message)
             self._own.update(objects)
@@ -208,7 +196,9 @@ class LinkGrid(Grid):
             for object_id in missing:
                 content = objects[object_id].deflate()
                 if not self._state.store_object(self._run_id, session, object_id, content):
-                    raise OSError("the link database cannot be written; the disk may be full")
+                    self._state._cleanup_push_session(session, cleanup_messages=True)
+                    self._state.pieces.check()
+                    raise RuntimeError("Flower did not keep a piece of a message that is new")
         self._sent[message_id] = _Sent(bare, site, time.monotonic())
         return message_id
 
@@ -229,33 +219,25 @@ class LinkGrid(Grid):
                     sent.refused = "its reply names an object of the server."
 
     def _reply_id(self, message_id: str) -> str | None:
-        with self._state.session() as session:
-            mine = MessageRes.reply_to_message_id == message_id
-            return cast("str | None", session.scalar(select(MessageRes.message_id).where(mine)))
+        return self._state.message_ins_id_to_message_res_id.get(message_id)
 
     # ----------------------------------------------------------------------------------- receiving
 
     def _reply(self, message_id: str) -> Message | None:
         """The whole reply, if all of it is there."""
-        with self._state.session() as session:
-            row = session.scalars(
-                select(MessageRes).where(MessageRes.reply_to_message_id == message_id)
-            ).first()
-            if row is None:
+        with self._state.lock:
+            reply_id = self._reply_id(message_id)
+            if reply_id is None:
                 return None
-            values = {column.name: getattr(row, column.name) for column in MessageRes.__table__.c}
-        for name in ("run_id", "src_node_id", "dst_node_id"):
-            values[name] = int64_to_uint64(values[name])
-        bare = dict_to_message(values)
-        reply_id = bare.metadata.message_id
+            bare = self._state.message_res_store[reply_id]
         if bare.has_error():
             return self._error(message_id, plain(bare.error.reason or ""))
+        if not self._state.get_object(self._run_id, reply_id):
+            return None  # our client sends this piece last
         try:
             tree = self._state.object_store.get_object_tree(reply_id)
         except NoObjectInStoreError:
             return None
-        if not self._state.get_object(self._run_id, reply_id):
-            return None  # our client sends this piece last
         contents: dict[str, bytes] = {}
         size = 0
         for number, piece in enumerate(iterate_object_tree(tree)):
@@ -286,7 +268,7 @@ class LinkGrid(Grid):
         """
         sent = self._sent[message_id]
         metadata = sent.message.metadata
-        contact = self.contacts().get(sent.site)
+        contact = self._known.get(sent.site)
         now = time.monotonic()
         if sent.refused:
             return self._error(message_id, sent.refused)
@@ -315,7 +297,7 @@ class LinkGrid(Grid):
         if now - self._looked < SECONDS_BETWEEN_LOOKS:
             return
         self._looked = now
-        contacts = self.contacts()
+        self._known = contacts = self.contacts()
         away = [site for site, contact in contacts.items() if not contact.online]
         self._away = {site: self._away.get(site, now) for site in away}
         self._offer_again(contacts)
@@ -330,19 +312,13 @@ class LinkGrid(Grid):
             contact = contacts.get(sent.site)
             if contact is None or contact.activated is None:
                 continue
-            with self._state.session() as session:
-                taken = session.scalar(
-                    select(MessageIns.delivered_at).where(MessageIns.message_id == message_id)
-                )
-                if not taken or datetime.fromisoformat(taken) >= contact.activated:
+            with self._state.lock:
+                taken = _time(sent.message.metadata.delivered_at)
+                if taken is None or taken >= contact.activated:
                     continue
                 if self._reply(message_id) is None:
                     self._delete_reply(message_id)
-                    session.execute(
-                        update(MessageIns)
-                        .where(MessageIns.message_id == message_id)
-                        .values(delivered_at="")
-                    )
+                    sent.message.metadata.delivered_at = ""
 
     def _error(self, message_id: str, reason: str) -> Message:
         error = Error(code=ErrorCode.MESSAGE_UNAVAILABLE, reason=reason)
@@ -351,25 +327,22 @@ class LinkGrid(Grid):
     def _forget(self, message_id: str) -> None:
         """Delete the message and its reply, of which only a part may have arrived."""
         self._sent.pop(message_id, None)
-        with self._state.session():
+        with self._state.lock:
             self._delete_reply(message_id)
             self._state.delete_messages({message_id})
             self._state.object_store.delete(message_id)
 
     def _delete_reply(self, message_id: str) -> None:
-        with self._state.session() as session:
-            mine = MessageRes.reply_to_message_id == message_id
-            replies = session.scalars(select(MessageRes.message_id).where(mine)).all()
-            uploads = select(ObjectPushSessionRoot.session_id).where(
-                ObjectPushSessionRoot.root_object_id.in_(replies)
-            )
-            session.execute(
-                delete(ObjectPushSession).where(ObjectPushSession.session_id.in_(uploads))
-            )
-            session.execute(delete(MessageRes).where(mine))
-            for reply_id in replies:
-                self._state.object_store.delete(reply_id)
+        with self._state.lock:
+            reply_id = self._state.message_ins_id_to_message_res_id.pop(message_id, None)
+            if reply_id is None:
+                return
+            self._state.message_res_store.pop(reply_id, None)
+            upload = self._state._object_push_session_by_root.get(reply_id)
+            if upload is not None:
+                self._state._cleanup_push_session(upload, cleanup_messages=False)
+            self._state.object_store.delete(reply_id)
 
 
-def _time(text: str) -> datetime | None:
+def _time(text: str | None) -> datetime | None:
     return datetime.fromisoformat(text) if text else None

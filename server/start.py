@@ -1,7 +1,7 @@
 """`fed-server start`: one process that serves the hospitals and drives every round to the end.
 
 Killed at any moment, the same command continues after the last complete round: rounds live in the
-run's history and checkpoints, never in the link database, whose runs end with the process.
+run's history and checkpoints, never in the link state, which ends with the process.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from flwr.app import Message, MessageType
-from flwr.server.superlink.linkstate import LinkState
-from sqlalchemy.exc import SQLAlchemyError
 
 from common.console import PlainFormatter
 from common.files import locked, write_text_atomically
@@ -36,7 +34,7 @@ from server.link_grid import LinkGrid
 from server.live import Board, showing
 from server.roll_call import FederationFailed
 from server.rounds import run_rounds
-from server.superlink import begin_run, fleet_app, listening, open_link_state, place_nodes
+from server.superlink import LinkState, begin_run, fleet_app, listening, new_link_state, place_nodes
 from server.tables import Verdict, results_json, verdict
 
 LOG = logging.getLogger("fedbrats")
@@ -81,59 +79,51 @@ def start(folder: CoordinatorFolder) -> Verdict:
             raise FederationFailed(
                 f"No hospital is enrolled yet: fed-server admit {folder.path} SITE.pub --name NAME"
             )
-        try:
-            factory = open_link_state(folder.superlink)
-            state = factory.state()
-            sites = _Enrolled(folder, state)
-            run_id = begin_run(state, stated.federation, stated.code_hash)
-            own: set[str] = set()
-            grid = LinkGrid(
-                state,
-                run_id,
-                return_seconds=60 * config.server.return_minutes,
-                largest_reply=len(encode(initial_weights(config))) + REPLY_OVERHEAD,
-                own=own,
-            )
-            board = Board(
-                folder.status,
-                lambda: sites.names,
-                grid.contacts,
-                grid.doing,
-                rounds=config.rounds.number,
-                rounds_before=before,
-                name=config.name,
-                address=host_and_port(config),
-                terms=stated.hash(),
-            )
-            attend = Attendance(grid, stated, lambda: sites.names, board.waiting)
-            app = fleet_app(factory, own)
-            files = folder.server_certificate, folder.server_key
-            with (
-                listening(app, config.server.listen, config.server.port, *files),
-                every(1.0, sites.refresh),
-                showing(board),
-            ):
-                LOG.info(f"serving {config.name} at {host_and_port(config)}; terms {stated.hash()}")
-                try:
-                    run_rounds(
-                        grid,
-                        config,
-                        run,
-                        board.round_done,
-                        attend=attend,
-                        attempts=config.server.attempts,
-                    )
-                except FederationFailed:
-                    _write_results(run)  # what was reached can be looked at
-                    raise
-                judged = _write_results(run)
-                _say_farewell(grid, judged)
-        except SQLAlchemyError as error:
-            reason = str(getattr(error, "orig", error))
-            raise OSError(
-                f"{folder.superlink}: cannot be read or written ({reason}). Free disk space, or "
-                "move the file away: it holds nothing that is needed to continue."
-            ) from error
+        state = new_link_state(folder.pieces)
+        sites = _Enrolled(folder, state)
+        run_id = begin_run(state, stated.federation, stated.code_hash)
+        own: set[str] = set()
+        grid = LinkGrid(
+            state,
+            run_id,
+            return_seconds=60 * config.server.return_minutes,
+            largest_reply=len(encode(initial_weights(config))) + REPLY_OVERHEAD,
+            own=own,
+        )
+        board = Board(
+            folder.status,
+            lambda: sites.names,
+            grid.contacts,
+            grid.doing,
+            rounds=config.rounds.number,
+            rounds_before=before,
+            name=config.name,
+            address=host_and_port(config),
+            terms=stated.hash(),
+        )
+        attend = Attendance(grid, stated, lambda: sites.names, board.waiting)
+        app = fleet_app(state, own)
+        files = folder.server_certificate, folder.server_key
+        with (
+            listening(app, config.server.listen, config.server.port, *files),
+            every(1.0, sites.refresh),
+            showing(board),
+        ):
+            LOG.info(f"serving {config.name} at {host_and_port(config)}; terms {stated.hash()}")
+            try:
+                run_rounds(
+                    grid,
+                    config,
+                    run,
+                    board.round_done,
+                    attend=attend,
+                    attempts=config.server.attempts,
+                )
+            except FederationFailed:
+                _write_results(run)  # what was reached can be looked at
+                raise
+            judged = _write_results(run)
+            _say_farewell(grid, judged)
         return judged
 
 

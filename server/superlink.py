@@ -1,10 +1,15 @@
-"""Flower's SuperLink, reduced to what hospitals need: its link state on disk and its fleet routes.
+"""Flower's SuperLink, reduced to what hospitals need: its link state and its fleet routes.
 
 A stock `flower-superlink` serves four interfaces on one port, and the one that starts, stops and
 lists runs asks nobody who they are. Here that interface, the runtime's and the package store do not
 exist: `server.gate` lets through a short list of paths, over TLS, and all but `/health` only for
 enrolled keys.
 Runs are driven inside this process (`server.link_grid`), so there is no control port at all.
+
+The link state lives and dies with the process. What a federation needs to go on after a restart is
+elsewhere, on disk: who is enrolled (`server.enrolment`), what was reached (`server.history`); and a
+client that finds the server begun anew signs in again. Flower can keep the state in SQLite, at the
+price of most of a round's overhead (docs/measurements.md) and for messages nobody waits for any more.
 
 Built from private modules of Flower, hence for one exact version of it, checked when a link starts.
 """
@@ -18,9 +23,10 @@ import threading
 import time
 from base64 import b64decode
 from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -33,7 +39,7 @@ from flwr.common.constant import (
     TIMESTAMP_TOLERANCE,
     Status,
 )
-from flwr.server.superlink.linkstate import LinkState, LinkStateFactory
+from flwr.server.superlink.linkstate import InMemoryLinkState
 from flwr.supercore.constant import (
     FLEET_HTTP_PUBLIC_KEY_HEADER,
     FLEET_HTTP_SIGNATURE_HEADER,
@@ -43,7 +49,6 @@ from flwr.supercore.constant import (
 )
 from flwr.supercore.date import now
 from flwr.supercore.error import http_error_translator
-from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.primitives.asymmetric import (
     bytes_to_public_key,
     public_key_to_bytes,
@@ -51,50 +56,54 @@ from flwr.supercore.primitives.asymmetric import (
 )
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
 from flwr.supercore.routers import health
-from flwr.supercore.state.schema.corestate_models import Task as TaskRow
-from flwr.supercore.state.schema.linkstate_models import Node as NodeRow
-from flwr.supercore.utils import uint64_to_int64
 from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 from flwr.superlink.routers.fleet.router import router as fleet_router
-from sqlalchemy import event, update
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 
 from common.flower import require_flower
 from server.gate import Gate, Limited
+from server.pieces import PieceStore
 
 KEEP_ALIVE_SECONDS = 75
-BUSY_SECONDS = 60  # that one transaction may wait for another
 
 
 class CannotListen(RuntimeError):
     """The address or port cannot be used; the text says why and what to do."""
 
 
-def open_link_state(database: Path) -> LinkStateFactory:
-    """The link state in this file. Runs that an earlier process left behind are stopped.
+class LinkState(InMemoryLinkState):
+    """Flower's state in memory, with one order of its locks.
+
+    Flower takes the lock of its messages before that of its uploads, but the other way round when a
+    piece shows that its upload has expired: two such requests at once would wait for each other.
+    """
+
+    def __init__(self, pieces: PieceStore) -> None:
+        super().__init__(NoOpFederationManager(), pieces)
+        self.pieces = pieces
+
+    def store_object(
+        self, run_id: int, session_id: str, object_id: str, object_content: bytes
+    ) -> bool:
+        with self.lock:
+            return super().store_object(run_id, session_id, object_id, object_content)
+
+    def get_object(self, run_id: int, object_id: str) -> bytes | None:
+        with self.lock:
+            return super().get_object(run_id, object_id)
+
+
+def new_link_state(pieces: Path) -> LinkState:
+    """A link state of this process, which knows no node and no run; message pieces lie in a folder.
 
     Raises:
         WrongFlower: another version of Flower is installed than this module was written for.
+        OSError: the folder cannot be made or emptied.
     """
     require_flower()
-    store = ObjectStoreFactory(str(database))
-    factory = LinkStateFactory(str(database), NoOpFederationManager(), store)
-    database.touch(mode=0o600)
-    state: Any = factory.state()
-    for engine in (state._engine, state.object_store._engine):
-        # a disk that stalls, or a large upload, must not be taken for a broken database
-        event.listen(engine, "connect", _wait_patiently)
-        engine.dispose()
-    for run in state.get_run_info():
-        if run.status.status != Status.FINISHED:
-            state.stop_run(run.run_id)
-    return factory
-
-
-def _wait_patiently(connection: Any, _: Any) -> None:
-    connection.execute(f"PRAGMA busy_timeout = {1000 * BUSY_SECONDS}")
+    return LinkState(PieceStore(pieces))
 
 
 def begin_run(state: LinkState, federation: str, code_hash: str) -> int:
@@ -113,35 +122,33 @@ def begin_run(state: LinkState, federation: str, code_hash: str) -> int:
         TaskType.SERVER_APP,
     )
     # without a token no missing heartbeat ends it: it lives and dies with this process
-    with state.session() as session:
-        session.execute(
-            update(TaskRow)
-            .where(TaskRow.run_id == uint64_to_int64(run_id))
-            .values(starting_at=now(), running_at=now(), token=None, active_until=None)
-        )
+    with state.lock_task_store:
+        task = state.task_store[cast(int, state.run_ids[run_id].run.primary_task_id)]
+        task.starting_at = task.running_at = now().isoformat()
+        task.status.status = Status.RUNNING
     return run_id
 
 
 def place_nodes(state: LinkState, keys: Mapping[str, ec.EllipticCurvePublicKey]) -> None:
     """Make the nodes of the link state those of these sites: no other key is served."""
     wanted = {public_key_to_bytes(key): site for site, key in keys.items()}
-    with state.session() as session:
-        known = {bytes(row.public_key): row for row in session.query(NodeRow).all()}
-        for public_key, row in known.items():
-            gone = row.status == NodeStatus.UNREGISTERED
-            if public_key not in wanted and not gone:
-                row.status, row.unregistered_at = NodeStatus.UNREGISTERED, now().isoformat()
-                row.online_until = min(row.online_until or 0.0, now().timestamp())
-            elif public_key in wanted and gone:
-                row.status, row.unregistered_at = NodeStatus.REGISTERED, None
-            if public_key in wanted:
-                row.name = wanted[public_key]
-    for public_key, site in wanted.items():
-        if public_key not in known:
+    with state.lock:
+        for node in state.nodes.values():
+            site = wanted.pop(node.public_key, None)
+            gone = node.status == NodeStatus.UNREGISTERED
+            if site is None and not gone:
+                node.status, node.unregistered_at = NodeStatus.UNREGISTERED, now().isoformat()
+                node.online_until = min(node.online_until or 0.0, now().timestamp())
+            elif site is not None and gone:
+                node.status = NodeStatus.REGISTERED
+                node.ClearField("unregistered_at")
+            if site is not None:
+                node.name = site
+        for public_key, site in wanted.items():
             state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_key, 0, name=site)
 
 
-def fleet_app(factory: LinkStateFactory, own: Container[str] = ()) -> Gate:
+def fleet_app(state: LinkState, own: Container[str] = ()) -> Gate:
     """What hospitals reach: Flower's fleet routes behind its node authentication, and the gate.
 
     `own` holds the ids of the objects that the server has sent (`server.link_grid`).
@@ -156,12 +163,22 @@ def fleet_app(factory: LinkStateFactory, own: Container[str] = ()) -> Gate:
             Middleware(NodeAuthMiddleware),
         ],
     )
-    app.state.linkstate_factory = factory
+    app.state.linkstate_factory = _Made(state)
     app.state.enable_supernode_auth = True
     app.state.fleet_event_log_plugin = None
     app.include_router(health.router)
     app.include_router(fleet_router)
-    return Gate(app, lambda headers: _is_signed(factory.state(), headers), own)
+    return Gate(app, lambda headers: _is_signed(state, headers), own)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What Flower's routes ask for the state."""
+
+    made: LinkState
+
+    def state(self) -> LinkState:
+        return self.made
 
 
 def _is_signed(state: LinkState, headers: Mapping[str, str]) -> bool:

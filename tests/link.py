@@ -1,42 +1,35 @@
-"""A real link for tests of both its ends: Flower's state in SQLite behind a TLS listener on a free
+"""A real link for tests of both its ends: Flower's state behind a TLS listener on a free
 port, and real clients. Everything in one process, so that a test can look at both sides."""
 
 from __future__ import annotations
 
-import functools
-import sqlite3
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
-from flwr.server.superlink.linkstate import LinkState, LinkStateFactory
+from flwr.supercore.constant import NodeStatus
 from flwr.supercore.task_identity import TaskIdentity
-from sqlalchemy import text
 
 from client.connection import Connection
 from common.keys import new_private_key
 from server.certificates import issue_server_certificate, make_authority
 from server.link_grid import LinkGrid
-from server.superlink import begin_run, fleet_app, listening, open_link_state, place_nodes
+from server.superlink import (
+    LinkState,
+    begin_run,
+    fleet_app,
+    listening,
+    new_link_state,
+    place_nodes,
+)
 
 FEDERATION, CODE = "3f" * 16, "ab" * 32
-TABLES = (  # of messages, their pieces, and what Flower notes while pieces are sent
-    "message_ins",
-    "message_res",
-    "objects",
-    "object_children",
-    "run_objects",
-    "object_push_session_roots",
-    "object_push_session_pending",
-)
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
@@ -75,7 +68,7 @@ def make_certificates(folder: Path, *hosts: str) -> Authority:
 class Link:
     """A coordinator's end, and what a hospital needs to connect to it."""
 
-    database: Path
+    pieces: Path
     authority: Authority
     keys: dict[str, ec.EllipticCurvePrivateKey]
     state: LinkState
@@ -123,40 +116,27 @@ class Link:
         assert reply is not None
         return reply
 
-    def rows(self) -> dict[str, int]:
-        """How many rows each of the tables has that an exchange fills, if any."""
-        with self.state.session() as session:
-            counts = {
-                table: session.execute(text(f"SELECT COUNT(*) FROM {table}")).scalar()
-                for table in TABLES
-            }
-        return {table: count for table, count in counts.items() if count}
+    def held(self) -> dict[str, int]:
+        """How much there is of what an exchange fills: messages, pieces, uploads; if any."""
+        state = self.state
+        kinds = {
+            "messages": state.message_ins_store,
+            "replies": state.message_res_store,
+            "objects": state.object_store.store,  # type: ignore[attr-defined]
+            "files": list(self.pieces.iterdir()),
+            "uploads": [s for s in state._object_push_sessions.values() if s.pending_object_ids],
+        }
+        return {kind: len(things) for kind, things in kinds.items() if things}
 
-    def set(self, site: str, **columns: object) -> None:
+    def set(self, site: str, **changes: object) -> None:
         """Change what the link state knows about a site, as time would."""
-        assignments = ", ".join(f"{name} = :{name}" for name in columns)
-        with self.state.session() as session:
-            session.execute(
-                text(f"UPDATE node SET {assignments} WHERE name = :site"), {**columns, "site": site}
-            )
-
-
-@functools.cache
-def _empty() -> bytes:
-    """A database with all of Flower's tables; its migrations take half a second."""
-    with tempfile.TemporaryDirectory() as folder:
-        database = Path(folder) / "link.sqlite"
-        open_link_state(database).state()
-        with closing(sqlite3.connect(database)) as opened:
-            opened.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        return database.read_bytes()
-
-
-def new_link_state(database: Path) -> LinkStateFactory:
-    """What `open_link_state` gives for a new file, in a hundredth of the time."""
-    database.write_bytes(_empty())
-    with mock.patch("flwr.supercore.sql_mixin.run_migrations"):
-        return open_link_state(database)
+        (node,) = (
+            n
+            for n in self.state.nodes.values()
+            if n.name == site and n.status != NodeStatus.UNREGISTERED
+        )
+        for name, value in changes.items():
+            setattr(node, name, value)
 
 
 @contextmanager
@@ -164,16 +144,15 @@ def linked(
     folder: Path, authority: Authority, *sites: str, return_seconds: float = 60.0
 ) -> Iterator[Link]:
     """A link in `folder` at which these sites are enrolled."""
-    database = folder / "link.sqlite"
-    factory = new_link_state(database)
+    pieces = folder / "pieces"
+    state = new_link_state(pieces)
     keys = {site: new_private_key() for site in sites}
-    state = factory.state()
     place_nodes(state, {site: key.public_key() for site, key in keys.items()})
     run_id = begin_run(state, FEDERATION, CODE)
     own: set[str] = set()
     grid = LinkGrid(state, run_id, return_seconds=return_seconds, own=own)
-    app = fleet_app(factory, own)
-    link = Link(database, authority, keys, state, run_id, grid, app)
+    app = fleet_app(state, own)
+    link = Link(pieces, authority, keys, state, run_id, grid, app)
     with ExitStack() as stack:
         port = stack.enter_context(listening(app, "127.0.0.1", 0, *authority.files))
         link.address = f"127.0.0.1:{port}"

@@ -31,8 +31,6 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
-from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.supercore.task_identity import TaskIdentity
 
 import client.join as module
@@ -46,6 +44,7 @@ from client.connection import (
 )
 from client.display import Display
 from client.join import JoinFailed, Membership, Stopped, stopping
+from client.parcel import pack, unpack
 from client.site_config import load_site_config
 from client.worker_process import Event
 from common.messages import STYPE
@@ -159,7 +158,7 @@ class Scripted:
             assert details["name"] == "Oslo"
             self._events += self._workers.preparing
         else:
-            message = message_from_proto(MessageProto.FromString(payload))
+            message = unpack(payload)
             self._workers.asked.append(message)
             self._events += self._workers.answer(message)
 
@@ -192,7 +191,7 @@ def answered(message: Message) -> list[Event]:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = RUN, RUN, NODE
     content = RecordDict({"card": ConfigRecord({"to": str(message.metadata.message_id)})})
     step = {"what": "x", "done": 1, "total": 2, "unit": "s", "seconds": 1.0, "remark": "loss 0.5"}
-    reply = message_to_proto(Message(content, reply_to=message)).SerializeToString()
+    reply = pack(Message(content, reply_to=message))
     return [
         Event("log", {"level": 20, "text": "at work"}),
         Event("progress", {"progress": step, "left": 1.0}),
@@ -450,9 +449,7 @@ def updated(message: Message) -> list[Event]:
         content["weights"] = ArrayRecord({"w": Array("uint8", (len(block),), STYPE, block)})
     else:
         content["means"] = MetricRecord({"loss": 0.5})
-    return [
-        Event("reply", {}, message_to_proto(Message(content, reply_to=message)).SerializeToString())
-    ]
+    return [Event("reply", {}, pack(Message(content, reply_to=message)))]
 
 
 def asked_in_turn(stage: Stage, *tasks: tuple[str, int]) -> list[str]:

@@ -70,10 +70,9 @@ def alive(process: int) -> bool:
 
 def test_it_prepares_and_answers_and_tells_how_far_it_is(accepted, start, terms):
     from flwr.app import Message, MessageType, RecordDict
-    from flwr.common.serde import message_from_proto, message_to_proto
-    from flwr.proto.message_pb2 import Message as MessageProto
     from flwr.supercore.task_identity import TaskIdentity
 
+    from client.parcel import pack, unpack
     from client.site import load_site
     from common.messages import (
         TrainTask,
@@ -99,14 +98,14 @@ def test_it_prepares_and_answers_and_tells_how_far_it_is(accepted, start, terms)
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 5, 5, 1
         message = Message(content, 77, kind, ttl=600)
         message.metadata.__dict__["_message_id"] = "ab" * 32
-        payload = message_to_proto(message).SerializeToString()
+        payload = pack(message)
         worker.order("answer", payload, code=code_hash())
         heard: list[Event] = []
         while not heard or heard[-1].kind not in ("reply", "failed", "died"):
             if (event := worker.event(1)) is not None:
                 heard.append(event)
         assert heard[-1].kind == "reply", heard[-1]
-        return message_from_proto(MessageProto.FromString(heard[-1].payload)), heard[:-1]
+        return unpack(heard[-1].payload), heard[:-1]
 
     reply, _ = ask(MessageType.QUERY, RecordDict())
     assert (reply.metadata.run_id, reply.metadata.src_node_id) == (5, 77)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import shutil
 import socket
-import sqlite3
 import ssl
 import subprocess
 import threading
@@ -28,7 +28,7 @@ from flwr.superlink.routers.fleet.router import router as fleet_router
 from client.connection import Connection, Refused
 from common.invitation import read_invitation
 from common.keys import fingerprint, new_private_key
-from server import certificates
+from server import certificates, enrolment
 from server.gate import ALLOWED, LARGEST_REQUEST
 
 pytestmark = pytest.mark.slow
@@ -215,13 +215,15 @@ def paths(router: Any) -> set[str]:
 
 
 def state(federation: Any) -> list[Any]:
-    """All runs and nodes that the server knows."""
-    database = federation.coordinator.superlink.absolute().as_uri() + "?mode=ro"
-    with contextlib.closing(sqlite3.connect(database, uri=True)) as link:
-        runs = link.execute("SELECT run_id, fab_id FROM run ORDER BY run_id").fetchall()
-        keys = link.execute("SELECT public_key, status FROM node ORDER BY node_id").fetchall()
-        tasks = link.execute("SELECT task_id, finished_at FROM task ORDER BY task_id").fetchall()
-    return [runs, keys, tasks]
+    """What the server says of itself and its sites; and who is enrolled."""
+    said = json.loads(federation.coordinator.status.read_text())
+    sites = {site: about["state"] for site, about in said["sites"].items()}
+    return [
+        said["state"],
+        said["rounds_done"],
+        sites,
+        enrolment.all_sites(federation.coordinator.enrolled),
+    ]
 
 
 def test_an_outsider_lists_registers_starts_and_stops_nothing(federation, refused):

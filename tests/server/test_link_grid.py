@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import random
-import sqlite3
 import threading
 import time
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import httpx
 import pytest
@@ -92,7 +93,7 @@ def test_a_message_and_its_reply_arrive_whole_and_leave_nothing_behind(link):
     assert same(reply.content, model(2))
     assert reply.metadata.reply_to_message_id == sent
     assert reply.metadata.src_node_id == client.node_id
-    assert link.rows() == {}
+    assert link.held() == {}
 
 
 def test_an_error_reply_arrives_as_it_is(link):
@@ -103,7 +104,7 @@ def test_an_error_reply_arrives_as_it_is(link):
     assert client.send(Message(Error(code=2, reason="no Gd"), reply_to=message))
     reply = link.pull(sent)
     assert reply.error.reason == "no Gd"
-    assert link.rows() == {}
+    assert link.held() == {}
 
 
 def test_an_error_text_cannot_draw_over_a_screen(link):
@@ -121,18 +122,18 @@ def test_an_error_text_cannot_draw_over_a_screen(link):
 def test_several_sites_at_once_share_what_is_the_same(link):
     """The round's model goes to every site, and is in the database once."""
     clients = {site: link.connect(site) for site in ("a", "b")}
-    before = link.rows().get("objects", 0)
+    before = link.held().get("objects", 0)
     first = link.send("a", model(1, size=1000))
-    once = link.rows()["objects"] - before
+    once = link.held()["objects"] - before
     second = link.send("b", model(1, size=1000))
-    assert link.rows()["objects"] == once + 1, "only the message's head is another"
+    assert link.held()["objects"] == once + 1, "only the message's head is another"
     for seed, (site, client) in enumerate(clients.items()):
         message = take(client)
         assert same(message.content, model(1, size=1000)), site
         assert client.send(reply_to(client, message, model(seed + 5)))
     assert same(link.pull(first).content, model(5))
     assert same(link.pull(second).content, model(6))
-    assert link.rows() == {}
+    assert link.held() == {}
 
 
 def test_exchange_over_the_link_takes_the_answers_in_order(link):
@@ -157,43 +158,71 @@ def test_exchange_over_the_link_takes_the_answers_in_order(link):
     for thread in threads:
         thread.join()
     assert found == [("a", ("a", 11)), ("b", ("b", 21))]
-    assert link.rows() == {}
+    assert link.held() == {}
 
 
 # ----------------------------------------------------------------------- nothing that is half there
 
 
 def test_a_message_is_invisible_until_all_of_it_is_there(link, monkeypatch):
-    seen = []
+    node = link.connect("a").node_id
+    seen, askers = [], []
     store = link.state.store_object
 
+    def ask():
+        found = link.state.get_message_ins(node, limit=1)
+        seen.append([link.held()["objects"] for _ in found])
+
     def storing(*arguments):
-        with contextlib.closing(sqlite3.connect(link.database)) as other:
-            seen.append(other.execute("SELECT COUNT(*) FROM message_ins").fetchone()[0])
+        askers.append(threading.Thread(target=ask))
+        askers[-1].start()
+        askers[-1].join(0.02)
+        assert not seen, "they wait"
         return store(*arguments)
 
-    link.connect("a")
     monkeypatch.setattr(link.state, "store_object", storing)
     link.send("a", model())
-    assert len(seen) > 6
-    assert set(seen) == {0}
-    assert link.rows()["message_ins"] == 1
+    for asker in askers:
+        asker.join()
+    assert len(askers) > 6
+    assert sorted(seen)[:-1] == [[]] * (len(askers) - 1), "it comes once"
+    assert sorted(seen)[-1] == [len(askers)], "with all of its pieces"
+
+
+def full(monkeypatch, after: int) -> None:
+    """A disk that has room for so many files only."""
+    left = [after]
+    write = Path.write_bytes
+
+    def writing(path, data):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", writing)
 
 
 def test_a_message_that_cannot_be_stored_is_not_there_at_all(link, monkeypatch):
-    left = [4]
-    store = link.state.store_object
-
-    def storing(*arguments):
-        left[0] -= 1
-        return left[0] >= 0 and store(*arguments)
-
     client = link.connect("a")
-    monkeypatch.setattr(link.state, "store_object", storing)
-    with pytest.raises(OSError, match="disk may be full"):
-        link.send("a", model())
-    assert link.rows() == {}
+    full(monkeypatch, 2)
+    with pytest.raises(
+        OSError, match=r"pieces: cannot be written \(No space left .* Free disk space"
+    ):
+        link.send("a", model(arrays=6, size=100_000))
+    assert link.held() == {}
     assert client.receive() is None
+
+
+def test_a_reply_that_cannot_be_stored_ends_the_wait(link, monkeypatch):
+    client = link.connect("a")
+    sent = link.send("a")
+    reply = reply_to(client, take(client), model(arrays=6, size=100_000))
+    full(monkeypatch, 2)
+    with pytest.raises(Unreachable, match="a full disk there"):
+        client.send(reply)
+    with pytest.raises(OSError, match="Free disk space"):
+        link.pull(sent)
 
 
 def test_a_client_that_polls_all_the_time_never_sees_half_a_message(link):
@@ -231,7 +260,7 @@ def test_half_a_reply_is_none_until_the_rest_has_come(link, pieces):
         assert client.send(reply), "calling again sends what is missing"
     assert len(pushed) == len(get_all_nested_objects(reply)) - pieces
     assert same(link.pull(sent).content, model(3))
-    assert link.rows() == {}
+    assert link.held() == {}
 
 
 def test_half_a_reply_that_is_given_up_is_not_kept(link):
@@ -243,9 +272,9 @@ def test_half_a_reply_that_is_given_up_is_not_kept(link):
     with pytest.raises(Unreachable):
         client.send(reply)
     assert "did not answer" in words(link.expire(sent))
-    assert link.rows() == {}
+    assert link.held() == {}
     assert client.send(reply) is False, "and the rest of it is not wanted any more"
-    assert link.rows() == {}
+    assert link.held() == {}
 
 
 def test_a_reply_given_up_between_two_pieces_ends_in_words_at_the_client(link):
@@ -263,7 +292,7 @@ def test_a_reply_given_up_between_two_pieces_ends_in_words_at_the_client(link):
     with pytest.raises(Unreachable, match="did not keep"):
         client.send(reply)
     assert client.send(reply) is False
-    assert link.rows() == {}
+    assert link.held() == {}
 
 
 # --------------------------------------------------------------------------------- given up in words
@@ -276,7 +305,7 @@ def test_after_the_deadline_no_reply_is_taken(link):
     assert link.pull(sent) is None
     assert words(link.expire(sent)) == "it did not answer within 1.5 minutes."
     assert client.send(reply) is False
-    assert link.rows() == {}
+    assert link.held() == {}
     again = link.send("a")
     assert client.send(reply) is False
     client.send(reply_to(client, take(client)))
@@ -288,7 +317,7 @@ def test_a_message_that_nobody_fetched_ends_at_its_deadline_too(link):
     sent = link.send("a")
     assert "within 1 minutes" in words(link.expire(sent))
     assert link.connect("a").receive() is None
-    assert link.rows() == {}
+    assert link.held() == {}
 
 
 def lose(link: Link, *sites: str, seconds: float = 0.0) -> datetime:
@@ -313,7 +342,7 @@ def test_lost_contact_is_waited_out_and_then_named(link, monkeypatch):
     assert words(link.pull(sent)) == (
         f"its connection was lost ({gone:%H:%M:%S} UTC) and did not return within 1 minutes."
     )
-    assert link.rows() == {}
+    assert link.held() == {}
 
 
 def test_who_came_back_is_waited_for_as_long_again(link, monkeypatch):
@@ -360,7 +389,7 @@ def test_who_says_goodbye_and_stays_away_is_given_up_too(link):
     client.close()
     error = until(lambda: list(grid.pull_messages([sent])), "the loss")[0]
     assert "its connection was lost (" in error.error.reason
-    assert link.rows() == {}
+    assert link.held() == {}
 
 
 @pytest.mark.parametrize("how", ["revoked", "rotated"])
@@ -374,7 +403,7 @@ def test_a_revoked_or_rotated_key_is_named(link, how):
         link.keys["a"] = new_private_key()
         link.place("a", "b")
     assert words(link.pull(sent)) == "its key was revoked or replaced."
-    assert link.rows() == {}
+    assert link.held() == {}
     with pytest.raises(RuntimeError, match="does not know"):
         client.send(reply)
 
@@ -387,7 +416,7 @@ def test_nothing_is_sent_to_whom_is_not_enrolled(link):
     assert list(answers(link.grid, {"a": messages[0]}, lambda *_: None)) == [
         ("a", "the message could not be sent.")
     ]
-    assert link.rows() == {}
+    assert link.held() == {}
 
 
 # -------------------------------------------------------------------------------- offered again
@@ -408,7 +437,7 @@ def test_who_was_started_anew_gets_the_task_again(link):
     assert same(message.content, model(1))
     second.send(reply_to(second, message, model(2)))
     assert same(link.pull(sent).content, model(2))
-    assert link.rows() == {}
+    assert link.held() == {}
 
 
 def test_what_the_dead_client_had_sent_of_its_reply_is_not_in_the_way(link):
@@ -423,7 +452,7 @@ def test_what_the_dead_client_had_sent_of_its_reply_is_not_in_the_way(link):
     assert link.pull(sent) is None
     assert second.send(reply_to(second, take(second), model(3)))
     assert same(link.pull(sent).content, model(3))
-    assert link.rows() == {}
+    assert link.held() == {}
 
 
 def test_a_whole_reply_of_a_client_that_died_since_is_taken(link):
@@ -482,7 +511,7 @@ def test_who_claims_the_next_models_pieces_is_refused_and_nobody_else_harmed(lin
     assert words(link.pull(first)) == "its reply names an object of the server."
     assert link.pull(second) is None
     link.expire(second)
-    assert link.rows() == {}
+    assert link.held() == {}
 
 
 class Direct:
@@ -552,7 +581,7 @@ def test_a_reply_to_another_message_is_named(link):
     assert words(link.pull(first)) == "its reply is to another message."
     assert client.send(wrong)
     assert link.pull(second).has_content()
-    assert link.rows() == {}
+    assert link.held() == {}
 
 
 def test_nobody_answers_for_another_site(link):
@@ -567,7 +596,7 @@ def test_nobody_answers_for_another_site(link):
     # the head says that it is a's, what is in it that it is b's
     assert upload(a, true, *packed(signed(false, b.node_id)))
     assert words(link.pull(sent)) == "its reply is to another message."
-    assert link.rows() == {}
+    assert link.held() == {}
 
 
 def test_a_reply_of_endless_size_is_not_taken(link, monkeypatch):
@@ -581,7 +610,7 @@ def test_a_reply_of_endless_size_is_not_taken(link, monkeypatch):
             sent = link.send("a")
             client.send(reply_to(client, take(client), model(4)))
             assert words(link.pull(sent)) == "its reply is larger than any answer can be."
-        assert link.rows() == {}, limit
+        assert link.held() == {}, limit
 
 
 def object_of(kind: str, children: list[str], body: bytes) -> bytes:
@@ -649,7 +678,7 @@ def test_whatever_a_reply_holds_the_round_goes_on(link):
             outcomes["content"] += 1
             assert found.has_content(), attempt
             assert isinstance(found.content, RecordDict), attempt
-        assert link.rows() == {}, attempt
+        assert link.held() == {}, attempt
     assert min(outcomes.values()) > 3, outcomes
 
 

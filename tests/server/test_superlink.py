@@ -8,26 +8,33 @@ import shutil
 import socket
 import ssl
 import stat
+import threading
 import time
+from datetime import UTC, datetime, timedelta
 
 import flwr
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app.message import remove_content_from_message
 from flwr.common.constant import Status
 from flwr.proto.node_pb2 import Node
+from flwr.server.superlink.linkstate import in_memory_linkstate
+from flwr.supercore.corestate import in_memory_corestate
+from flwr.supercore.date import now
+from flwr.supercore.inflatable.inflatable_object import get_object_tree, no_object_id_recompute
 from flwr.supercore.routers.runtime.router import router as runtime_router
 from flwr.superlink.routers.control.router import router as control_router
 from flwr.superlink.routers.fleet.router import router as fleet_router
-from sqlalchemy import text
 
-from client.connection import Refused, Unreachable
+from client.connection import Refused, RunOver, Unreachable
 from common.keys import new_private_key
 from server.gate import ALLOWED, LARGEST_HEAD, LARGEST_REQUEST
 from server.superlink import (
     CannotListen,
     begin_run,
+    fleet_app,
     listening,
-    open_link_state,
+    new_link_state,
     place_nodes,
 )
 from tests.link import Link, make_certificates, reply_to, take
@@ -229,45 +236,90 @@ def test_placing_the_same_changes_nothing(link):
 # ----------------------------------------------------------------------------- the link state
 
 
-def test_an_earlier_process_leaves_nothing_that_runs(link):
+BIG = RecordDict({"c": ConfigRecord({"x": b"y" * 10**6})})
+
+
+def test_after_a_restart_a_client_signs_in_again_and_finds_nothing_old(link, tmp_path):
+    with listening(link.app, "127.0.0.1", 0, *link.authority.files) as port:
+        client = link.connection("a", address=f"127.0.0.1:{port}")
+        client.open()
+        link.send("a")
+        assert client.run(link.run_id)
+    fresh = new_link_state(tmp_path / "fresh")
+    place_nodes(fresh, {site: key.public_key() for site, key in link.keys.items()})
+    run_id = begin_run(fresh, "ff" * 16, "cc" * 32)
+    assert [run.status.status for run in fresh.get_run_info()] == [Status.RUNNING]
+    with listening(fleet_app(fresh), "127.0.0.1", port, *link.authority.files):
+        with pytest.raises(Refused):
+            client.receive()
+        client.open()
+        assert client.receive() is None
+        assert client.run(run_id) == ("ff" * 16, "cc" * 32)
+        with pytest.raises((Refused, Unreachable, RunOver)):
+            client.run(link.run_id)
+        client.close()
+
+
+def test_pieces_of_an_earlier_process_are_cleared_away(link):
     client = link.connect("a")
-    link.send("a")
-    client.send(reply_to(client, take(client)))
-    assert link.rows()
-    state = open_link_state(link.database).state()
-    runs = {run.run_id: run.status.status for run in state.get_run_info()}
-    assert runs == {link.run_id: Status.FINISHED}
-    assert link.rows() == {}, "nor do messages and models of it"
-    fresh = begin_run(state, "ff" * 16, "cc" * 32)
-    runs = {run.run_id: run.status.status for run in state.get_run_info()}
-    assert runs == {link.run_id: Status.FINISHED, fresh: Status.RUNNING}
-    assert client.run(fresh) == ("ff" * 16, "cc" * 32)
-    with pytest.raises(RuntimeError, match="is over"):
-        client.run(link.run_id)
+    link.send("a", BIG)
+    assert take(client)
+    assert link.held()["files"]
+    assert new_link_state(link.pieces).get_run_info() == []
+    assert list(link.pieces.iterdir()) == []
 
 
 def test_a_run_does_not_end_by_itself(link, monkeypatch):
     """Flower ends a run whose process sends it no signs of life; this one is the process."""
-    later = time.time() + 30 * 24 * 3600
-    monkeypatch.setattr(time, "time", lambda: later)
-    link.set("a", online_until=later + 60)
+    later = datetime.now(UTC) + timedelta(days=30)
+    for module in (in_memory_corestate, in_memory_linkstate):
+        monkeypatch.setattr(module, "now", lambda: later)
     (run,) = link.state.get_run_info()
     assert run.status.status == Status.RUNNING
-    with link.state.session() as session:
-        held = session.execute(text("SELECT token, active_until FROM task")).all()
-    assert [tuple(row) for row in held] == [(None, None)]
 
 
-def test_the_database_is_its_owners_alone(tmp_path):
-    open_link_state(tmp_path / "new.sqlite").state()
-    for path in tmp_path.iterdir():
-        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+def test_expired_uploads_and_new_messages_do_not_wait_for_each_other(link):
+    """Flower takes two locks in both orders: so a server would stand still for ever."""
+    client = link.connect("a")
+    link.send("a")
+    reply = reply_to(client, take(client))
+    with no_object_id_recompute():
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        tree, bare = get_object_tree(reply), remove_content_from_message(reply)
+    over = threading.Event()
+
+    def announce():
+        while not over.is_set():
+            session = link.state.start_session(link.run_id)
+            link.state.store_message_and_object_tree(bare, tree, session)
+            link.state._object_push_sessions[session].expires_at = now()
+            sessions.append(session)
+
+    sessions: list[str] = []
+    thread = threading.Thread(target=announce, daemon=True)
+    thread.start()
+    until = time.monotonic() + 1
+    tried = 0
+    while time.monotonic() < until:
+        if sessions:
+            stored = link.state.store_object(
+                link.run_id, sessions.pop(), tree.object_id, reply.deflate()
+            )
+            tried += not stored
+    over.set()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert tried > 10
+
+
+def test_the_pieces_are_their_owners_alone(link):
+    assert stat.S_IMODE(link.pieces.stat().st_mode) & 0o077 == 0
 
 
 def test_another_flower_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(flwr, "__version__", "1.42.0")
     with pytest.raises(RuntimeError, match=r"needs flwr 1\.41\.0, found 1\.42\.0"):
-        open_link_state(tmp_path / "link.sqlite")
+        new_link_state(tmp_path / "pieces")
     assert not list(tmp_path.iterdir())
 
 
