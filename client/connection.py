@@ -41,6 +41,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.protobuf.client import ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
@@ -104,6 +105,7 @@ class Connection:
             check: called again and again while something is under way; may raise to end it.
         """
         require_flower()
+        self._patience = _Patience()
         self._address = address
         self._key = private_key
         self._client = FleetHttpClient.from_server_address(
@@ -111,6 +113,7 @@ class Connection:
             insecure=False,
             root_certificates=ca_certificate.encode("ascii"),
             interceptors=[
+                self._patience,
                 RuntimeVersionHttpInterceptor(component_name="SuperNode"),
                 NodeAuthHttpInterceptor(private_key, private_key.public_key()),
             ],
@@ -163,12 +166,17 @@ class Connection:
             self._node = None
         self._client.close()
 
-    def receive(self) -> tuple[Message, ObjectTree] | None:
+    def receive(self, wait: int = 0) -> tuple[Message, ObjectTree] | None:
         """The next message's head, if there is one; `fetch` brings its content.
+
+        Args:
+            wait: seconds that the server may hold the answer for a message to come. Who waits has no
+                message in hand: one that was sent, but not received, is sent again.
 
         Raises:
             Unreachable, Refused
         """
+        self._patience.seconds = wait
         response = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
         if not response.messages_list:
             return None
@@ -349,6 +357,19 @@ class Connection:
             )
         kind = Rejected if status in (400, 413) else Unreachable
         return kind(f"{self._address}: the coordinator has a problem (HTTP {status}).")
+
+
+class _Patience:
+    """Asks the server to hold the answer while there is no message (RFC 7240)."""
+
+    seconds = 0
+
+    def intercept(
+        self, context: ProtobufRequestContext, call_next: Callable[..., httpx.Response]
+    ) -> httpx.Response:
+        if self.seconds and isinstance(context.message, PullMessagesRequest):
+            context.request.headers["prefer"] = f"wait={self.seconds}"
+        return call_next(context)
 
 
 class _Bounded(httpx.SyncByteStream):

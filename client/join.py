@@ -49,9 +49,8 @@ from common.records import BadMessage
 from common.terms import Terms
 
 LOG = logging.getLogger("fedbrats")
-POLL_SECONDS = 0.2  # for the next message, soon after the last
-IDLE_POLL_SECONDS = 1.0
-SOON = 10.0  # seconds
+HOLD_SECONDS = 1  # that the coordinator may hold its answer while there is no message
+POLL_SECONDS = 1.0  # from one question for a message to the next
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between attempts to reach the coordinator
 LONGEST_VERDICT = 10_000  # characters
 MOST_ANSWERS = 10  # of one kind for one round: retries after lost connections and restarts
@@ -99,9 +98,9 @@ class Membership:
         self._connection: Connection | None = None  # once it has been open
         self._task: _Task | None = None
         self._runs: dict[int, tuple[str, str]] = {}
-        self._recent = 0.0  # when the last message or answer passed
         self._kept: list[Event] = []  # what the worker said while the coordinator was away
         self._trouble = ""
+        self._in_vain: dict[str, bool] = {}  # answers not taken, and whether that was told
         self._told = ""  # the hash of the changed terms that were last told of
 
     def stop(self, *_: Any) -> None:
@@ -178,27 +177,25 @@ class Membership:
         """One message, or one event of the worker, or a moment's wait. The farewell's verdict ends it."""
         self._check_stop()
         self._notice_acceptance()
-        received = self._persist(connection.receive)
-        if received is not None:
-            self._recent = time.monotonic()
+        begin = time.monotonic()
+        hold = 0 if self._task else HOLD_SECONDS
+        received = self._persist(lambda: connection.receive(hold))
+        if received is not None and not self._answered_in_vain(connection, *received):
             head, tree = received
             if self._task is None or tree.object_id != _id(self._task.message):
                 self._drop_task("a newer message replaces it")
                 return self._take(connection, head, tree)
-        soon = time.monotonic() - self._recent < SOON
-        pause = POLL_SECONDS if soon else IDLE_POLL_SECONDS
         if self._task is None:
-            self._stop.wait(pause)
+            held = time.monotonic() - begin
+            self._stop.wait(min(POLL_SECONDS - held, POLL_SECONDS))
         else:
-            self._watch(connection, pause)
+            self._watch(connection, POLL_SECONDS)
         self._display.set(last_contact=_text(connection.last_contact))
         return None
 
     def _take(self, connection: Connection, head: Message, tree: Any) -> bool | None:
         """Refuse, answer or begin what a message asks for."""
-        TaskIdentity.task_id = TaskIdentity.run_id = head.metadata.run_id
-        TaskIdentity.node_id = connection.node_id
-        head.metadata.__dict__["_message_id"] = tree.object_id
+        self._address_replies(connection, head, tree)
         kind = head.metadata.message_type
         try:
             if reason := self._foreign(connection, head):
@@ -224,6 +221,22 @@ class Membership:
             return None
         self._begin(message)
         return None
+
+    @staticmethod
+    def _address_replies(connection: Connection, head: Message, tree: Any) -> None:
+        """Flower stamps sender and run into a reply from globals."""
+        TaskIdentity.task_id = TaskIdentity.run_id = head.metadata.run_id
+        TaskIdentity.node_id = connection.node_id
+        head.metadata.__dict__["_message_id"] = tree.object_id
+
+    def _answered_in_vain(self, connection: Connection, head: Message, tree: Any) -> bool:
+        """Was the answer to it not taken? That it comes again shows that one is waited for: say so."""
+        told = self._in_vain.get(tree.object_id)
+        if told is False:
+            self._in_vain[tree.object_id] = True
+            self._address_replies(connection, head, tree)
+            self._answer(connection, self._error(head, "its answer was not accepted."))
+        return told is not None
 
     def _begin(self, message: Message) -> None:
         kind = message.metadata.message_type
@@ -272,12 +285,13 @@ class Membership:
         if reply.has_error():
             LOG.warning(f"the answer is a refusal: {reply.error.reason}")
         departure = self._answer(connection, reply)
+        if departure is None:
+            self._in_vain[_id(task.message)] = False
         left = outbound.in_words(self._folder.sent)
         if departure is not None and round_ is not None and not reply.has_error():
             LOG.info(f"round {round_}: {departure.in_words()} sent, {seconds:.1f} s")
             if departure.kind == outbound.METRICS:  # the last that leaves in a round
                 LOG.info(f"left this building so far: {'; '.join(left)}")
-        self._recent = time.monotonic()
         self._display.state("waiting", left=left)
 
     # ------------------------------------------------------------------------------ what may happen

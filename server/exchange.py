@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from common.console import plain
 from common.messages import BadMessage
 
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.02
 Answer = TypeVar("Answer")
 Key = TypeVar("Key")
 

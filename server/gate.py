@@ -19,23 +19,10 @@ from google.protobuf.message import DecodeError
 from starlette.concurrency import run_in_threadpool
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-FLEET, HEALTH, REPLY = "/v1/fleet/", "/health", "/v1/fleet/push-messages"
-ALLOWED = frozenset(
-    {HEALTH}
-    | {
-        FLEET + name
-        for name in (
-            "activate-node",
-            "deactivate-node",
-            "send-node-heartbeat",
-            "pull-messages",
-            "push-messages",
-            "get-run",
-            "push-object",
-            "pull-object",
-        )
-    }
-)
+from server.fleet import HANDLERS, HEALTH, PREFIX
+
+REPLY = PREFIX + "push-messages"
+ALLOWED = frozenset({HEALTH, *HANDLERS})
 LARGEST_REQUEST = 16 * 2**20  # bytes; Flower cuts what it sends into pieces of 5 MB
 LARGEST_HEAD = 2**18  # bytes of a reply's announcement: a name for each piece
 MOST_PIECES = 1000  # of one reply: 5 GB

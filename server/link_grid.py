@@ -34,7 +34,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from common.console import plain
 from server.gate import MOST_PIECES
-from server.superlink import LinkState
+from server.link_state import LinkState
 
 LARGEST_REPLY = 2**31  # bytes
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -200,6 +200,7 @@ class LinkGrid(Grid):
                     self._state.pieces.check()
                     raise RuntimeError("Flower did not keep a piece of a message that is new")
         self._sent[message_id] = _Sent(bare, site, time.monotonic())
+        self._state.tell(bare.metadata.dst_node_id)
         return message_id
 
     def _drop_claims(self, own: Collection[str]) -> None:
@@ -319,6 +320,7 @@ class LinkGrid(Grid):
                 if self._reply(message_id) is None:
                     self._delete_reply(message_id)
                     sent.message.metadata.delivered_at = ""
+                    self._state.tell(contact.node)
 
     def _error(self, message_id: str, reason: str) -> Message:
         error = Error(code=ErrorCode.MESSAGE_UNAVAILABLE, reason=reason)

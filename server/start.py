@@ -31,10 +31,11 @@ from server.coordinator import CoordinatorFolder, host_and_port, terms
 from server.exchange import send
 from server.history import History
 from server.link_grid import LinkGrid
+from server.link_state import LinkState, new_link_state
 from server.live import Board, showing
 from server.roll_call import FederationFailed
 from server.rounds import run_rounds
-from server.superlink import LinkState, begin_run, fleet_app, listening, new_link_state, place_nodes
+from server.superlink import begin_run, fleet_app, listening, place_nodes
 from server.tables import Verdict, results_json, verdict
 
 LOG = logging.getLogger("fedbrats")

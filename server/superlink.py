@@ -1,4 +1,4 @@
-"""Flower's SuperLink, reduced to what hospitals need: its link state and its fleet routes.
+"""Flower's SuperLink, reduced to what hospitals need: a run, the sites' nodes, the fleet interface.
 
 A stock `flower-superlink` serves four interfaces on one port, and the one that starts, stops and
 lists runs asks nobody who they are. Here that interface, the runtime's and the package store do not
@@ -6,12 +6,7 @@ exist: `server.gate` lets through a short list of paths, over TLS, and all but `
 enrolled keys.
 Runs are driven inside this process (`server.link_grid`), so there is no control port at all.
 
-The link state lives and dies with the process. What a federation needs to go on after a restart is
-elsewhere, on disk: who is enrolled (`server.enrolment`), what was reached (`server.history`); and a
-client that finds the server begun anew signs in again. Flower can keep the state in SQLite, at the
-price of most of a round's overhead (docs/measurements.md) and for messages nobody waits for any more.
-
-Built from private modules of Flower, hence for one exact version of it, checked when a link starts.
+Built from private modules of Flower, hence for one exact version of it, checked when a link state is made.
 """
 
 from __future__ import annotations
@@ -23,14 +18,12 @@ import threading
 import time
 from base64 import b64decode
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import cast
 
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
-from fastapi import FastAPI
 from flwr.common.constant import (
     NOOP_ACCOUNT_NAME,
     NOOP_FLWR_AID,
@@ -39,7 +32,6 @@ from flwr.common.constant import (
     TIMESTAMP_TOLERANCE,
     Status,
 )
-from flwr.server.superlink.linkstate import InMemoryLinkState
 from flwr.supercore.constant import (
     FLEET_HTTP_PUBLIC_KEY_HEADER,
     FLEET_HTTP_SIGNATURE_HEADER,
@@ -48,62 +40,21 @@ from flwr.supercore.constant import (
     TaskType,
 )
 from flwr.supercore.date import now
-from flwr.supercore.error import http_error_translator
 from flwr.supercore.primitives.asymmetric import (
     bytes_to_public_key,
     public_key_to_bytes,
     verify_signature,
 )
-from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
-from flwr.supercore.routers import health
-from flwr.superlink.federation import NoOpFederationManager
-from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
-from flwr.superlink.routers.fleet.router import router as fleet_router
-from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware
 
-from common.flower import require_flower
+from server.fleet import Fleet
 from server.gate import Gate, Limited
-from server.pieces import PieceStore
+from server.link_state import LinkState
 
 KEEP_ALIVE_SECONDS = 75
 
 
 class CannotListen(RuntimeError):
     """The address or port cannot be used; the text says why and what to do."""
-
-
-class LinkState(InMemoryLinkState):
-    """Flower's state in memory, with one order of its locks.
-
-    Flower takes the lock of its messages before that of its uploads, but the other way round when a
-    piece shows that its upload has expired: two such requests at once would wait for each other.
-    """
-
-    def __init__(self, pieces: PieceStore) -> None:
-        super().__init__(NoOpFederationManager(), pieces)
-        self.pieces = pieces
-
-    def store_object(
-        self, run_id: int, session_id: str, object_id: str, object_content: bytes
-    ) -> bool:
-        with self.lock:
-            return super().store_object(run_id, session_id, object_id, object_content)
-
-    def get_object(self, run_id: int, object_id: str) -> bytes | None:
-        with self.lock:
-            return super().get_object(run_id, object_id)
-
-
-def new_link_state(pieces: Path) -> LinkState:
-    """A link state of this process, which knows no node and no run; message pieces lie in a folder.
-
-    Raises:
-        WrongFlower: another version of Flower is installed than this module was written for.
-        OSError: the folder cannot be made or emptied.
-    """
-    require_flower()
-    return LinkState(PieceStore(pieces))
 
 
 def begin_run(state: LinkState, federation: str, code_hash: str) -> int:
@@ -149,36 +100,11 @@ def place_nodes(state: LinkState, keys: Mapping[str, ec.EllipticCurvePublicKey])
 
 
 def fleet_app(state: LinkState, own: Container[str] = ()) -> Gate:
-    """What hospitals reach: Flower's fleet routes behind its node authentication, and the gate.
+    """What hospitals reach: Flower's fleet interface behind the gate.
 
     `own` holds the ids of the objects that the server has sent (`server.link_grid`).
     """
-    app = FastAPI(
-        docs_url=None,
-        redoc_url=None,
-        openapi_url=None,
-        middleware=[
-            Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
-            Middleware(ProtobufTranslationMiddleware),
-            Middleware(NodeAuthMiddleware),
-        ],
-    )
-    app.state.linkstate_factory = _Made(state)
-    app.state.enable_supernode_auth = True
-    app.state.fleet_event_log_plugin = None
-    app.include_router(health.router)
-    app.include_router(fleet_router)
-    return Gate(app, lambda headers: _is_signed(state, headers), own)
-
-
-@dataclass(frozen=True)
-class _Made:
-    """What Flower's routes ask for the state."""
-
-    made: LinkState
-
-    def state(self) -> LinkState:
-        return self.made
+    return Gate(Fleet(state), lambda headers: _is_signed(state, headers), own)
 
 
 def _is_signed(state: LinkState, headers: Mapping[str, str]) -> bool:

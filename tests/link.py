@@ -20,14 +20,8 @@ from client.connection import Connection
 from common.keys import new_private_key
 from server.certificates import issue_server_certificate, make_authority
 from server.link_grid import LinkGrid
-from server.superlink import (
-    LinkState,
-    begin_run,
-    fleet_app,
-    listening,
-    new_link_state,
-    place_nodes,
-)
+from server.link_state import LinkState, new_link_state
+from server.superlink import begin_run, fleet_app, listening, place_nodes
 
 FEDERATION, CODE = "3f" * 16, "ab" * 32
 
@@ -163,9 +157,9 @@ def linked(
                 client.close()
 
 
-def take(connection: Connection, largest: int = 10**9) -> Message | None:
+def take(connection: Connection, largest: int = 10**9, *, wait: int = 0) -> Message | None:
     """The next message of a client, whole."""
-    received = connection.receive()
+    received = connection.receive(wait)
     return connection.fetch(*received, largest) if received else None
 
 

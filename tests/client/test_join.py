@@ -84,7 +84,7 @@ class Coordinator:
         if self.open_errors:
             raise self.open_errors.pop(0)
 
-    def receive(self) -> tuple[Message, Any] | None:
+    def receive(self, wait: int = 0) -> tuple[Message, Any] | None:
         self.did.append("receive")
         assert time.monotonic() < self.latest, "what the script waits for does not come"
         entry = self.script.pop(0) if self.script else None
@@ -261,7 +261,6 @@ def stage(accepted, invitation, terms, monkeypatch, caplog) -> Stage:
     caplog.set_level(logging.INFO, "fedbrats")
     for name, value in {
         "POLL_SECONDS": 0.01,
-        "IDLE_POLL_SECONDS": 0.01,
         "FIRST_WAIT": 0.01,
         "LONGEST_WAIT": 0.08,
     }.items():
@@ -711,6 +710,22 @@ def test_another_client_with_the_key_is_waited_for_three_minutes(stage, monkeypa
         stage.membership.run()
     assert "another machine" in str(caught.value)
     assert 3 < minutes_in(str(caught.value)) < 8
+
+
+def test_a_task_whose_answer_was_not_taken_is_not_done_again(stage):
+    """Offered again, it is answered with words, once: the round need not wait for its deadline."""
+    task = stage.message()
+    stage.coordinator.send_errors = [RunOver("the reply was refused")]
+    asked = stage.workers.asked
+
+    def refused() -> Any:
+        if stage.coordinator.send_errors:
+            stage.coordinator.script.insert(0, refused)
+        return None
+
+    assert stage.play(task, refused, task, task, None, task) is True
+    assert [m.metadata.message_id for m in asked] == [task.metadata.message_id]
+    assert stage.coordinator.reasons == ["its answer was not accepted."]
 
 
 def test_a_refusal_at_the_door_is_the_end(stage):

@@ -1,0 +1,82 @@
+"""Flower's link state, in memory, with what a coordinator of hospitals needs of it.
+
+It lives and dies with the process. What a federation needs to go on after a restart is elsewhere, on
+disk: who is enrolled (`server.enrolment`), what was reached (`server.history`); and a client that finds
+the server begun anew signs in again. Flower can keep the state in SQLite, at the price of half of a
+round's overhead (docs/measurements.md) and for messages nobody waits for any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from flwr.server.superlink.linkstate import InMemoryLinkState
+from flwr.superlink.federation import NoOpFederationManager
+
+from common.flower import require_flower
+from server.pieces import PieceStore
+
+
+class LinkState(InMemoryLinkState):
+    """Nodes, runs and messages, with one order of their locks, and a bell for who waits for a message.
+
+    Flower takes the lock of its messages before that of its uploads, but the other way round when a
+    piece shows that its upload has expired: two such requests at once would wait for each other.
+    """
+
+    def __init__(self, pieces: PieceStore) -> None:
+        super().__init__(NoOpFederationManager(), pieces)
+        self.pieces = pieces
+        self._waiting: dict[int, list[Callable[[], object]]] = {}
+
+    def store_object(
+        self, run_id: int, session_id: str, object_id: str, object_content: bytes
+    ) -> bool:
+        with self.lock:
+            return super().store_object(run_id, session_id, object_id, object_content)
+
+    def get_object(self, run_id: int, object_id: str) -> bytes | None:
+        with self.lock:
+            return super().get_object(run_id, object_id)
+
+    def offer_again(self, node: int) -> None:
+        """Offer a node that has nothing in hand what it was sent: the answer to it was lost on its way."""
+        with self.lock:
+            for message_id, message in self.message_ins_store.items():
+                unanswered = message_id not in self.message_ins_id_to_message_res_id
+                if message.metadata.dst_node_id == node and unanswered:
+                    message.metadata.delivered_at = ""
+
+    def tell(self, node: int) -> None:
+        """Wake who waits for a message to this node."""
+        for wake in list(self._waiting.get(node, ())):
+            with contextlib.suppress(RuntimeError):  # its server has just ended
+                wake()
+
+    @contextlib.contextmanager
+    def told(self, node: int, wake: Callable[[], object]) -> Iterator[bool]:
+        """While the block runs, `wake` is called when a message comes; yields whether one is there.
+
+        Takes no lock, as it is called where nothing may block.
+        """
+        self._waiting.setdefault(node, []).append(wake)
+        try:
+            yield any(
+                message.metadata.dst_node_id == node and not message.metadata.delivered_at
+                for message in list(self.message_ins_store.values())
+            )
+        finally:
+            self._waiting[node].remove(wake)
+
+
+def new_link_state(pieces: Path) -> LinkState:
+    """A link state of this process, which knows no node and no run; message pieces lie in a folder.
+
+    Raises:
+        WrongFlower: another version of Flower is installed than this module was written for.
+        OSError: the folder cannot be made or emptied.
+    """
+    require_flower()
+    return LinkState(PieceStore(pieces))
