@@ -50,7 +50,7 @@ def test_an_expired_upload_and_a_new_one_do_not_wait_for_each_other(link, monkey
 
 
 def test_who_waits_is_told_of_its_own_messages_only_and_only_while_it_waits(link):
-    a, b = (link.grid.contacts()[site].node for site in "ab")
+    a, b = (link.connect(site).node_id for site in "ab")
     heard: list[str] = []
     with link.state.told(a, lambda: heard.append("a")) as there:
         assert not there
@@ -67,5 +67,5 @@ def test_a_listener_that_is_gone_harms_nobody(link):
     def gone():
         raise RuntimeError("Event loop is closed")
 
-    with link.state.told(link.grid.contacts()["a"].node, gone):
+    with link.state.told(link.connect("a").node_id, gone):
         assert link.send("a")
