@@ -2,7 +2,7 @@
 
     python benchmarks/round_overhead.py [--sites 4] [--blocks 3] [--rounds 4] [--json FILE] [--without-stock]
 
-Both do the same work on loopback, over TLS, with node authentication, the link state on disk: a
+Both do the same work on loopback, over TLS, with node authentication: a
 round trains at every site, averages, and evaluates the new model at every site, with the same initial
 network of 20 MB in fp32. "Training" adds random numbers about a constant of the site to the weights
 and "evaluation" answers fixed numbers, so a round is transfer and overhead.

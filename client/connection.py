@@ -290,14 +290,16 @@ class Connection:
 
     def _keep_alive(self) -> None:
         while not self._closing.wait(HEARTBEAT_SECONDS * 0.8):
-            if self._node is None:
-                continue
+            # what is wrong shows when the next message is asked for
+            with contextlib.suppress(Unreachable, Refused, RuntimeError):
+                self._sign_of_life()
+
+    def _sign_of_life(self) -> None:
+        if self._node is not None:
             request = SendNodeHeartbeatRequest(
                 node=self._node, heartbeat_interval=HEARTBEAT_SECONDS
             )
-            # what is wrong shows when the next message is asked for
-            with contextlib.suppress(Unreachable, Refused, RuntimeError):
-                self._call(self._client.SendNodeHeartbeat, request)
+            self._call(self._client.SendNodeHeartbeat, request)
 
     def _bound(self, response: httpx.Response) -> None:
         """Before the body is read: it may be neither packed, nor large, nor endless."""

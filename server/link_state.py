@@ -1,18 +1,24 @@
 """Flower's link state, in memory, with what a coordinator of hospitals needs of it.
 
 It lives and dies with the process. What a federation needs to go on after a restart is elsewhere, on
-disk: who is enrolled (`server.enrolment`), what was reached (`server.history`); and a client that finds
-the server begun anew signs in again. Flower can keep the state in SQLite, at the price of half of a
-round's overhead (docs/measurements.md) and for messages nobody waits for any more.
+disk: who is enrolled (`server.enrolment`) and what was reached (`server.history`). A site's node is the
+same one again, its run is over. Flower can keep the state in SQLite, at the price of half of a round's
+overhead (docs/measurements.md) and for messages that nobody waits for any more.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, Status, SubStatus
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.server.superlink.linkstate import InMemoryLinkState
+from flwr.supercore.constant import NodeStatus
+from flwr.supercore.date import now
+from flwr.supercore.run import RunStatus
 from flwr.superlink.federation import NoOpFederationManager
 
 from common.flower import require_flower
@@ -40,6 +46,26 @@ class LinkState(InMemoryLinkState):
     def get_object(self, run_id: int, object_id: str) -> bytes | None:
         with self.lock:
             return super().get_object(run_id, object_id)
+
+    def get_run_status(self, run_ids: set[int]) -> dict[int, RunStatus]:
+        """Also of runs that an earlier process drove: they are over."""
+        over = RunStatus(Status.FINISHED, SubStatus.STOPPED, "")
+        return dict.fromkeys(run_ids, over) | super().get_run_status(run_ids)
+
+    def place_node(self, public_key: bytes, name: str) -> None:
+        """A node whose id follows from its key, so that it is the same after a restart."""
+        node_id = int.from_bytes(hashlib.sha256(public_key).digest()[:8], "big") >> 1
+        with self.lock:
+            self.nodes[node_id] = NodeInfo(
+                node_id=node_id,
+                owner_aid=NOOP_FLWR_AID,
+                owner_name=NOOP_ACCOUNT_NAME,
+                status=NodeStatus.REGISTERED,
+                registered_at=now().isoformat(),
+                public_key=public_key,
+                name=name,
+            )
+            self.node_public_key_to_node_id[public_key] = node_id
 
     def offer_again(self, node: int) -> None:
         """Offer a node that has nothing in hand what it was sent: the answer to it was lost on its way."""

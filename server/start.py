@@ -133,14 +133,14 @@ def _quieten_flower() -> None:
     log = logging.getLogger("flwr")
     log.setLevel(logging.ERROR)
     log.addFilter(_is_own_fault)
-    for handler in log.handlers:
-        handler.setFormatter(PlainFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler = logging.StreamHandler()  # Flower's own has colours, always
+    handler.setFormatter(PlainFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.handlers[:] = [handler]
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
 
 
 def _is_own_fault(record: logging.LogRecord) -> bool:
-    text = record.getMessage()
-    return "[ApiError:" not in text and ":ClientDisconnect]" not in text
+    return "[ApiError:" not in record.getMessage()
 
 
 def _require_certificate(folder: CoordinatorFolder, address: str) -> None:

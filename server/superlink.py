@@ -25,7 +25,6 @@ from typing import cast
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.common.constant import (
-    NOOP_ACCOUNT_NAME,
     NOOP_FLWR_AID,
     SYSTEM_TIME_TOLERANCE,
     TIMESTAMP_HEADER,
@@ -96,7 +95,7 @@ def place_nodes(state: LinkState, keys: Mapping[str, ec.EllipticCurvePublicKey])
             if site is not None:
                 node.name = site
         for public_key, site in wanted.items():
-            state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_key, 0, name=site)
+            state.place_node(public_key, site)
 
 
 def fleet_app(state: LinkState, own: Container[str] = ()) -> Gate:

@@ -32,7 +32,7 @@ from server.superlink import (
     listening,
     place_nodes,
 )
-from tests.link import Link, make_certificates, take
+from tests.link import Link, make_certificates, reply_to, take
 
 PROTOBUF = "application/protobuf"
 PUSH = "/v1/fleet/push-messages"
@@ -232,24 +232,27 @@ def test_placing_the_same_changes_nothing(link):
 BIG = RecordDict({"c": ConfigRecord({"x": b"y" * 10**6})})
 
 
-def test_after_a_restart_a_client_signs_in_again_and_finds_nothing_old(link, tmp_path):
+def test_after_a_restart_a_site_is_the_same_node_and_its_old_run_is_over(link, tmp_path):
     with listening(link.app, "127.0.0.1", 0, *link.authority.files) as port:
         client = link.connection("a", address=f"127.0.0.1:{port}")
         client.open()
         link.send("a")
-        assert client.run(link.run_id)
+        head, tree = client.receive()
+        reply = reply_to(client, client.fetch(head, tree, 0))
     fresh = new_link_state(tmp_path / "fresh")
     place_nodes(fresh, {site: key.public_key() for site, key in link.keys.items()})
     run_id = begin_run(fresh, "ff" * 16, "cc" * 32)
     assert [run.status.status for run in fresh.get_run_info()] == [Status.RUNNING]
     with listening(fleet_app(fresh), "127.0.0.1", port, *link.authority.files):
-        with pytest.raises(Refused):
-            client.receive()
-        client.open()
-        assert client.receive() is None
+        assert client.receive() is None, "it goes on where it was"
+        for action in (lambda: client.send(reply), lambda: client._piece(link.run_id, "ab" * 32)):
+            with pytest.raises(RunOver, match="is over"):
+                action()
         assert client.run(run_id) == ("ff" * 16, "cc" * 32)
-        with pytest.raises((Refused, Unreachable, RunOver)):
-            client.run(link.run_id)
+        (node,) = (n for n in fresh.get_node_info() if n.node_id == client.node_id)
+        assert node.status == "registered"
+        client._sign_of_life()
+        assert node.status == "online", "by its next sign of life"
         client.close()
 
 
