@@ -13,7 +13,9 @@ import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from flwr.app import Message
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, Status, SubStatus
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.server.superlink.linkstate import InMemoryLinkState
 from flwr.supercore.constant import NodeStatus
@@ -36,6 +38,14 @@ class LinkState(InMemoryLinkState):
         super().__init__(NoOpFederationManager(), pieces)
         self.pieces = pieces
         self._waiting: dict[int, list[Callable[[], object]]] = {}
+
+    def store_message_and_object_tree(
+        self, message: Message, object_tree: ObjectTree, session_id: str
+    ) -> tuple[bool, list[str]]:
+        stored, missing = super().store_message_and_object_tree(message, object_tree, session_id)
+        if not stored:  # as when a site answers twice: nothing is to be uploaded
+            self._object_push_sessions.pop(session_id, None)
+        return stored, missing
 
     def store_object(
         self, run_id: int, session_id: str, object_id: str, object_content: bytes

@@ -49,6 +49,16 @@ def test_an_expired_upload_and_a_new_one_do_not_wait_for_each_other(link, monkey
         assert not thread.is_alive()
 
 
+def test_who_answers_twice_leaves_nothing_behind(link):
+    client = link.connect("a")
+    link.send("a")
+    message = take(client)
+    assert client.send(reply_to(client, message))
+    for _ in range(3):
+        assert client.send(reply_to(client, message)) is False
+    assert link.state._object_push_sessions == {}
+
+
 def test_who_waits_is_told_of_its_own_messages_only_and_only_while_it_waits(link):
     a, b = (link.connect(site).node_id for site in "ab")
     heard: list[str] = []
