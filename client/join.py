@@ -214,6 +214,7 @@ class Membership:
                 self._answer(connection, self._error(head, reason))
                 return None
         except RunOver:
+            self._in_vain.setdefault(tree.object_id, False)
             return None
         except (TooLarge, BadMessage) as error:
             LOG.warning(f"refused: {plain(str(error))}")
@@ -285,8 +286,6 @@ class Membership:
         if reply.has_error():
             LOG.warning(f"the answer is a refusal: {reply.error.reason}")
         departure = self._answer(connection, reply)
-        if departure is None:
-            self._in_vain[_id(task.message)] = False
         left = outbound.in_words(self._folder.sent)
         if departure is not None and round_ is not None and not reply.has_error():
             LOG.info(f"round {round_}: {departure.in_words()} sent, {seconds:.1f} s")
@@ -405,6 +404,7 @@ class Membership:
         except outbound.OutboundError as error:
             raise JoinFailed(str(error)) from error
         if not kept:
+            self._in_vain.setdefault(reply.metadata.reply_to_message_id, False)
             LOG.info("the coordinator no longer waits for this answer")
             return None
         return departure

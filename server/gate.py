@@ -103,6 +103,8 @@ def reply_problem(body: bytes, own: Container[str]) -> str:
             return "a piece's name is no hash"
         if piece.object_id in own:
             return "it names an object of the server"
+    if metadata.message_id != tree.object_id:
+        return "its name is not that of its pieces"
     return ""
 
 

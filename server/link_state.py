@@ -42,10 +42,18 @@ class LinkState(InMemoryLinkState):
     def store_message_and_object_tree(
         self, message: Message, object_tree: ObjectTree, session_id: str
     ) -> tuple[bool, list[str]]:
-        stored, missing = super().store_message_and_object_tree(message, object_tree, session_id)
-        if not stored:  # as when a site answers twice: nothing is to be uploaded
-            self._object_push_sessions.pop(session_id, None)
-        return stored, missing
+        """As Flower's, but a tree that contradicts what is known of its pieces is refused: it could
+        keep another site's pieces from arriving, or its own for ever."""
+        with self.lock:
+            if self.pieces.contradicts(object_tree):
+                stored, missing = False, list[str]()
+            else:
+                stored, missing = super().store_message_and_object_tree(
+                    message, object_tree, session_id
+                )
+            if not stored:  # as when a site answers twice: nothing is to be uploaded
+                self._object_push_sessions.pop(session_id, None)
+            return stored, missing
 
     def store_object(
         self, run_id: int, session_id: str, object_id: str, object_content: bytes
@@ -77,12 +85,23 @@ class LinkState(InMemoryLinkState):
             )
             self.node_public_key_to_node_id[public_key] = node_id
 
+    def _check_stored_messages(self, message_ids: set[str], run_id: int | None = None) -> None:
+        """Flower deletes what is past its deadline here, at any site's question, and whole replies that
+        came in time with it. The grid ends every message, by a clock that nobody sets."""
+
     def offer_again(self, node: int) -> None:
-        """Offer a node that has nothing in hand what it was sent: the answer to it was lost on its way."""
+        """Offer a node that has nothing in hand what it was sent: its delivery was lost on the way.
+
+        Only the newest: it replaces what came before.
+        """
         with self.lock:
-            for message_id, message in self.message_ins_store.items():
-                unanswered = message_id not in self.message_ins_id_to_message_res_id
-                if message.metadata.dst_node_id == node and unanswered:
+            mine = [
+                (message_id, message)
+                for message_id, message in self.message_ins_store.items()
+                if message.metadata.dst_node_id == node
+            ]
+            for message_id, message in mine[-1:]:
+                if message_id not in self.message_ins_id_to_message_res_id:
                     message.metadata.delivered_at = ""
 
     def tell(self, node: int) -> None:

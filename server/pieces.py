@@ -10,6 +10,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.inflatable.inflatable_object import (
+    get_object_children_ids_from_object_content,
+    iterate_object_tree,
+)
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 
 SMALL = 2**16  # bytes that stay in memory
@@ -31,9 +36,34 @@ class PieceStore(InMemoryObjectStore):
         if self._trouble:
             raise OSError(self._trouble)
 
-    def put(self, object_id: str, object_content: bytes) -> None:
-        """Raises OSError: the disk is full; the piece counts as not there."""
+    def contradicts(self, tree: ObjectTree) -> bool:
+        """Has a piece of this tree other parts elsewhere, in it or in what is stored?
+
+        A piece's name is the hash of it and of the names of its parts, so one of both is false; and a
+        tree that bites its tail would never be deleted.
+        """
+        parts: dict[str, set[str]] = {}
         with self.lock_store:
+            for node in iterate_object_tree(tree):
+                name, children = node.object_id, {child.object_id for child in node.children}
+                stored = self.store.get(name)
+                known = parts.setdefault(name, set(stored.child_object_ids) if stored else children)
+                if known != children:
+                    return True
+        return False
+
+    def put(self, object_id: str, object_content: bytes) -> None:
+        """Store a piece that was announced.
+
+        Raises:
+            ValueError: its content does not match its name, or its parts are not those announced.
+            OSError: the disk is full; the piece counts as not there.
+        """
+        with self.lock_store:
+            announced = self.store.get(object_id)
+            parts = set(get_object_children_ids_from_object_content(object_content))
+            if announced is not None and set(announced.child_object_ids) != parts:
+                raise ValueError(f"{object_id} has other parts than announced")
             super().put(object_id, object_content)
             entry = self.store[object_id]
             if entry.content is IN_A_FILE or len(entry.content) <= SMALL:

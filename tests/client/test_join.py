@@ -728,6 +728,15 @@ def test_a_task_whose_answer_was_not_taken_is_not_done_again(stage):
     assert stage.coordinator.reasons == ["its answer was not accepted."]
 
 
+def test_a_refusal_that_is_not_taken_is_not_said_without_end(stage):
+    stage.coordinator.foreign = ("ee" * 16, stage.terms.code_hash)
+    stage.coordinator.waits = False
+    task = stage.message(kind=MessageType.TRAIN, run=77)
+    assert stage.play(*[task] * 20) is True
+    assert len(stage.coordinator.reasons) == 2, "the refusal, and that it was not accepted"
+    assert len(outbound.departures(stage.folder.sent)) == 3, "and the farewell"
+
+
 def test_a_refusal_at_the_door_is_the_end(stage):
     stage.coordinator.open_errors = [Refused("does not know this site's key")]
     with pytest.raises(JoinFailed, match="does not know this site's key"):

@@ -73,6 +73,15 @@ def test_a_message_whose_delivery_was_lost_is_offered_again_to_who_has_nothing_i
     assert link.pull(sent).has_content()
 
 
+def test_only_the_newest_message_is_offered_again(link):
+    client = link.connect("a")
+    link.send("a")
+    assert take(client) is not None
+    newer = link.send("a")
+    for _ in range(3):
+        assert take(client, wait=1).metadata.message_id == newer
+
+
 def test_a_message_for_a_request_that_broke_off_comes_with_the_next(link):
     client = link.connect("a")
     http = client._client._client

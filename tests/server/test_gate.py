@@ -87,6 +87,7 @@ def test_an_honest_reply_passes(announced):
             "too many pieces",
         ),
         (lambda r: r.message_object_trees[0].CopyFrom(chain(3, HASH)), "an object of the server"),
+        (lambda r: setattr(r.messages_list[0].metadata, "message_id", "cd" * 32), "its pieces"),
     ],
 )
 def test_what_no_honest_site_sends_is_refused(announced, spoil, said):

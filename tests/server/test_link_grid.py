@@ -613,6 +613,102 @@ def test_a_reply_of_endless_size_is_not_taken(link, monkeypatch):
         assert link.held() == {}, limit
 
 
+def claim(client, head: Message, tree: ObjectTree, pieces: dict[str, bytes], name: str = "") -> int:
+    """Announce a reply as this tree, and push what is asked for of it; how many pieces were kept."""
+    with no_object_id_recompute():
+        proto = message_to_proto(remove_content_from_message(head))
+    proto.metadata.message_id = name or tree.object_id
+    announced = PushMessagesRequest(
+        node=client._node,
+        messages_list=[proto],
+        message_object_trees=[tree],
+        clientapp_runtime_list=[0.0],
+    )
+    response = client._client.PushMessages(announced)
+    return sum(
+        client._client.PushObject(
+            PushObjectRequest(
+                node=client._node,
+                run_id=head.metadata.run_id,
+                object_id=object_id,
+                object_content=pieces[object_id],
+                session_id=response.session_id,
+            )
+        ).stored
+        for object_id in response.objects_to_push
+        if object_id in pieces
+    )
+
+
+def noisy(count: int) -> dict[str, bytes]:
+    """Pieces that are large enough for a file."""
+    noise = random.Random(1)
+    contents = [object_of("ArrayChunk", [], noise.randbytes(100_000)) for _ in range(count)]
+    return {get_object_id(content): content for content in contents}
+
+
+def test_what_a_site_sends_beside_its_reply_is_not_kept(link):
+    """Trees without end for one task: by the name of another, with other parts, as a circle."""
+    client = link.connect("a")
+    sent = link.send("a")
+    head = reply_to(client, take(client), model(1))
+    pieces, root = noisy(5), "ab" * 32
+    leaves = [ObjectTree(object_id=name) for name in pieces]
+    for leaf in leaves:
+        with pytest.raises(httpx.HTTPStatusError, match="400"):
+            claim(client, head, leaf, pieces, name="cd" * 32)
+        claim(client, head, ObjectTree(object_id=root, children=[leaf]), pieces)
+    loops = [
+        ObjectTree(object_id=leaf.object_id, children=[ObjectTree(object_id=root)])
+        for leaf in leaves
+    ]
+    assert claim(client, head, ObjectTree(object_id=root, children=loops), pieces) == 0
+    assert link.held()["files"] == 1, "the first was good as far as it went"
+    assert "did not answer" in words(link.expire(sent))
+    assert link.held() == {}
+
+
+def test_a_piece_without_the_parts_that_were_announced_is_not_kept(link):
+    """Else its name could be taken by who knows it, and the site that has it sent away."""
+    a, b = link.connect("a"), link.connect("b")
+    known = RecordDict({"card": ConfigRecord({"site": "b"})})
+    card = known["card"]
+    sent = link.send("a")
+    head = reply_to(a, take(a), model(1))
+    claimed = ObjectTree(object_id=card.object_id, children=[ObjectTree(object_id="cd" * 32)])
+    tree = ObjectTree(object_id="ab" * 32, children=[claimed])
+    assert claim(a, head, tree, {card.object_id: card.deflate()}) == 0
+    other = link.send("b")
+    message = take(b)
+    assert b.send(reply_to(b, message, known)) is False, "so long it is not taken"
+    link.expire(sent)
+    assert b.send(reply_to(b, message, known))
+    assert link.pull(other).has_content()
+
+
+def test_a_whole_reply_is_taken_although_another_was_late(link):
+    a, b = link.connect("a"), link.connect("b")
+    late, whole = (link.send(site, kind="train", ttl=1) for site in "ab")
+    take(a)
+    assert b.send(reply_to(b, take(b), model(5)))
+    assert "did not answer within" in words(until(lambda: link.pull(late), "the deadline"))
+    a.receive()  # any site's question, before the grid comes to b
+    assert same(link.pull(whole).content, model(5))
+    assert link.held() == {}
+
+
+def test_half_a_reply_at_the_deadline_leaves_nothing(link):
+    a, b = link.connect("a"), link.connect("b")
+    sent = link.send("a", kind="train", ttl=1)
+    cut_after(a, 4)
+    with pytest.raises(Unreachable):
+        a.send(reply_to(a, take(a), model(5, size=100_000)))
+    time.sleep(1.1)
+    b.receive()
+    assert "did not answer" in words(link.pull(sent))
+    assert link.held() == {}
+
+
 def object_of(kind: str, children: list[str], body: bytes) -> bytes:
     return f"{kind} {','.join(children)} {len(body)}".encode() + b"\x00" + body
 
