@@ -85,7 +85,6 @@ class LinkGrid(Grid):
         self._own = set() if own is None else own
         self._sent: dict[str, _Sent] = {}
         self._away: dict[str, float] = {}  # since when a site is offline, by this process's clock
-        self._known: dict[str, Contact] = {}  # of `SECONDS_BETWEEN_LOOKS` ago at most
         self._looked = 0.0
         # so that nobody can know an object's id before it is sent, and claim it (server.gate)
         self._nonce = secrets.token_hex(16)
@@ -146,8 +145,7 @@ class LinkGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Ids of the messages in order; "" for one whose site is no longer enrolled."""
-        self._look_around()
-        sites = {contact.node: contact.site for contact in self._known.values()}
+        sites = {contact.node: contact.site for contact in self.contacts().values()}
         ids = []
         for message in messages:
             site = sites.get(message.metadata.dst_node_id)
@@ -269,7 +267,7 @@ class LinkGrid(Grid):
         """
         sent = self._sent[message_id]
         metadata = sent.message.metadata
-        contact = self._known.get(sent.site)
+        contact = self.contacts().get(sent.site)
         now = time.monotonic()
         if sent.refused:
             return self._error(message_id, sent.refused)
@@ -298,7 +296,7 @@ class LinkGrid(Grid):
         if now - self._looked < SECONDS_BETWEEN_LOOKS:
             return
         self._looked = now
-        self._known = contacts = self.contacts()
+        contacts = self.contacts()
         away = [site for site, contact in contacts.items() if not contact.online]
         self._away = {site: self._away.get(site, now) for site in away}
         self._offer_again(contacts)
