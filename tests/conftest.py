@@ -7,6 +7,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: other sessions share the machine
 
+import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -44,6 +45,15 @@ class FinishedRun:
     exit_code: int
     stdout: str
     stderr: str
+
+
+@pytest.fixture
+def undisturbed_log() -> Iterator[None]:
+    """The commands send the log to standard error for good, as fits a program of its own."""
+    log = logging.getLogger("fedbrats")
+    before = log.handlers, log.level, log.propagate
+    yield
+    log.handlers, log.level, log.propagate = before
 
 
 @pytest.fixture(scope="session")

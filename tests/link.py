@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.constant import NodeStatus
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client.connection import Connection
 from common.keys import new_private_key
@@ -203,3 +206,17 @@ def reply_to(
     if content is None:
         content = RecordDict({"c": ConfigRecord({"answer": 2})})
     return Message(content, reply_to=message)
+
+
+def signed_request(
+    link: Link, site: str, path: str, content: Any, *, method: str = "POST", **headers: str
+) -> httpx.Request:
+    """A request with the site's signature, for what its client would never send."""
+    http = link.connection(site)._client._client
+    kind = {"content-type": "application/protobuf"}
+    request = http.build_request(
+        method, f"https://{link.address}{path}", content=content, headers={**kind, **headers}
+    )
+    signer = NodeAuthHttpInterceptor(link.keys[site], link.keys[site].public_key())
+    signer.intercept(SimpleNamespace(request=request), lambda _: None)
+    return request

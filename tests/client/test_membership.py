@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import pty
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,15 +28,7 @@ from common.keys import fingerprint, new_private_key
 from tests.link import make_certificates, until
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def undisturbed_log() -> Iterator[None]:
-    """The commands send the log to standard error for good, as fits a program of its own."""
-    log = logging.getLogger("fedbrats")
-    before = log.handlers, log.level, log.propagate
-    yield
-    log.handlers, log.level, log.propagate = before
+pytestmark = pytest.mark.usefixtures("undisturbed_log")
 
 
 @pytest.fixture

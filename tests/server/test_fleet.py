@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from types import SimpleNamespace
 
 import httpx
 import pytest
 from flwr.proto.fleet_pb2 import PullMessagesRequest
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client.connection import Unreachable
 from server import fleet
 from server.fleet import HANDLERS, PULL
-from tests.link import Link, reply_to, take
+from tests.link import Link, reply_to, signed_request, take
 
 
 def seconds(action) -> tuple[float, object]:
@@ -97,18 +95,11 @@ def test_a_message_for_a_request_that_broke_off_comes_with_the_next(link):
 def post(link: Link, path: str, method: str = "POST", **changes) -> int:
     """The status of a request with the site's signature."""
     client = link.connect("a")
-    http = client._client._client
-    node = PullMessagesRequest(node=client._node)
-    request = http.build_request(
-        method,
-        f"https://{link.address}{path}",
-        content=changes.get("content", node.SerializeToString()),
-        headers={"content-type": changes.get("kind", "application/protobuf")},
-    )
-    signer = NodeAuthHttpInterceptor(link.keys["a"], link.keys["a"].public_key())
-    signer.intercept(SimpleNamespace(request=request), lambda _: None)
+    content = changes.get("content", PullMessagesRequest(node=client._node).SerializeToString())
+    kind = {"content-type": changes.get("kind", "application/protobuf")}
+    request = signed_request(link, "a", path, content, method=method, **kind)
     try:
-        return http.send(request).status_code
+        return client._client._client.send(request).status_code
     finally:
         client.close()
 

@@ -9,7 +9,6 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -17,12 +16,11 @@ from flwr.app.error import Error
 from flwr.common.serde import recorddict_to_proto
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import ObjectTree
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client.connection import Connection, RunOver, Unreachable
 from server import gate
 from server.gate import DEEPEST, LONGEST_REASON, MOST_PIECES, reply_problem
-from tests.link import Link, linked, reply_to, take, until
+from tests.link import Link, linked, reply_to, signed_request, take, until
 
 HASH = "ab" * 32
 
@@ -205,20 +203,13 @@ def test_one_address_holds_only_so_many_connections(link, monkeypatch):
 def test_a_body_that_does_not_come_is_not_waited_for(link, monkeypatch):
     monkeypatch.setattr(gate, "BODY_SECONDS", 0.3)
     client = link.connect("a")
-    http = client._client._client
-    signer = NodeAuthHttpInterceptor(link.keys["a"], link.keys["a"].public_key())
 
     def half() -> Iterator[bytes]:
         yield b"x" * 10
         time.sleep(1.5)
         yield b"x" * 90
 
-    request = http.build_request(
-        "POST",
-        f"https://{link.address}/v1/fleet/push-object",
-        content=half(),
-        headers={"content-length": "100", "content-type": "application/protobuf"},
-    )
-    signer.intercept(SimpleNamespace(request=request), lambda _: None)
-    assert http.send(request).status_code == 408
+    length = {"content-length": "100"}
+    request = signed_request(link, "a", "/v1/fleet/push-object", half(), **length)
+    assert client._client._client.send(request).status_code == 408
     assert client.receive() is None, "whose connection is as good as new"

@@ -528,12 +528,21 @@ class Direct:
 
 
 def upload(
-    client, head: Message, pieces: dict[str, bytes], tree: ObjectTree, direct: Direct | None = None
+    client,
+    head: Message,
+    pieces: dict[str, bytes],
+    tree: ObjectTree,
+    direct: Direct | None = None,
+    *,
+    name: str = "",
 ) -> list[str]:
-    """Push this head, tree and pieces as a malicious client could; the ids that were stored."""
+    """Push this head, tree and pieces as a malicious client could; the ids that were stored.
+
+    `name` is the message's, if not that of the tree.
+    """
     with no_object_id_recompute():
         proto = message_to_proto(remove_content_from_message(head))
-    proto.metadata.message_id = tree.object_id
+    proto.metadata.message_id = name or tree.object_id
     request = PushMessagesRequest(
         node=client._node,
         messages_list=[proto],
@@ -613,33 +622,6 @@ def test_a_reply_of_endless_size_is_not_taken(link, monkeypatch):
         assert link.held() == {}, limit
 
 
-def claim(client, head: Message, tree: ObjectTree, pieces: dict[str, bytes], name: str = "") -> int:
-    """Announce a reply as this tree, and push what is asked for of it; how many pieces were kept."""
-    with no_object_id_recompute():
-        proto = message_to_proto(remove_content_from_message(head))
-    proto.metadata.message_id = name or tree.object_id
-    announced = PushMessagesRequest(
-        node=client._node,
-        messages_list=[proto],
-        message_object_trees=[tree],
-        clientapp_runtime_list=[0.0],
-    )
-    response = client._client.PushMessages(announced)
-    return sum(
-        client._client.PushObject(
-            PushObjectRequest(
-                node=client._node,
-                run_id=head.metadata.run_id,
-                object_id=object_id,
-                object_content=pieces[object_id],
-                session_id=response.session_id,
-            )
-        ).stored
-        for object_id in response.objects_to_push
-        if object_id in pieces
-    )
-
-
 def noisy(count: int) -> dict[str, bytes]:
     """Pieces that are large enough for a file."""
     noise = random.Random(1)
@@ -656,13 +638,13 @@ def test_what_a_site_sends_beside_its_reply_is_not_kept(link):
     leaves = [ObjectTree(object_id=name) for name in pieces]
     for leaf in leaves:
         with pytest.raises(httpx.HTTPStatusError, match="400"):
-            claim(client, head, leaf, pieces, name="cd" * 32)
-        claim(client, head, ObjectTree(object_id=root, children=[leaf]), pieces)
+            upload(client, head, pieces, leaf, name="cd" * 32)
+        upload(client, head, pieces, ObjectTree(object_id=root, children=[leaf]))
     loops = [
         ObjectTree(object_id=leaf.object_id, children=[ObjectTree(object_id=root)])
         for leaf in leaves
     ]
-    assert claim(client, head, ObjectTree(object_id=root, children=loops), pieces) == 0
+    assert upload(client, head, pieces, ObjectTree(object_id=root, children=loops)) == []
     assert link.held()["files"] == 1, "the first was good as far as it went"
     assert "did not answer" in words(link.expire(sent))
     assert link.held() == {}
@@ -677,7 +659,7 @@ def test_a_piece_without_the_parts_that_were_announced_is_not_kept(link):
     head = reply_to(a, take(a), model(1))
     claimed = ObjectTree(object_id=card.object_id, children=[ObjectTree(object_id="cd" * 32)])
     tree = ObjectTree(object_id="ab" * 32, children=[claimed])
-    assert claim(a, head, tree, {card.object_id: card.deflate()}) == 0
+    assert upload(a, head, {card.object_id: card.deflate()}, tree) == []
     other = link.send("b")
     message = take(b)
     assert b.send(reply_to(b, message, known)) is False, "so long it is not taken"

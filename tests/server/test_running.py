@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -27,15 +26,7 @@ from server.tables import Verdict
 from tests.server.test_tables import a_round, metrics
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def undisturbed_log() -> Iterator[None]:
-    """The commands send the log to standard error for good, as fits a program of its own."""
-    log = logging.getLogger("fedbrats")
-    before = log.handlers, log.level, log.propagate
-    yield
-    log.handlers, log.level, log.propagate = before
+pytestmark = pytest.mark.usefixtures("undisturbed_log")
 
 
 @pytest.fixture
