@@ -1,7 +1,7 @@
 """Flower's fleet interface: its handlers and its node authentication, called straight from ASGI.
 
-Flower serves them through FastAPI, five layers that cost more than the handlers; here a request is
-parsed, authenticated, answered. A client may ask that the answer wait for a message (`Prefer:
+Flower serves them through FastAPI and three middlewares, which cost more than the handlers; here a
+request is parsed, authenticated, answered. A client may ask that the answer wait for a message (`Prefer:
 wait=SECONDS`, RFC 7240), so that it has it at once and need not ask many times a second.
 Who may ask at all, and how much, is `server.gate`'s affair.
 """

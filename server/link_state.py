@@ -2,8 +2,8 @@
 
 It lives and dies with the process. What a federation needs to go on after a restart is elsewhere, on
 disk: who is enrolled (`server.enrolment`) and what was reached (`server.history`). A site's node is the
-same one again, its run is over. Flower can keep the state in SQLite, at the price of half of a round's
-overhead (docs/measurements.md) and for messages that nobody waits for any more.
+same one again, its run is over. Flower can keep the state in SQLite, at a price in every round
+(docs/measurements.md) and for messages that nobody waits for any more.
 """
 
 from __future__ import annotations
