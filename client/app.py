@@ -154,7 +154,7 @@ def answer_evaluate(message: Message, context: Context) -> Message:
     kept = [_with_null(asdict(result)) for result in results]
     write_text_atomically(path, json.dumps(kept, allow_nan=False))
     seconds = time.monotonic() - begin
-    report = SiteReport(site.name, task.round, seconds, summarise(results))
+    report = SiteReport(site.name, task.round, summarise(results), seconds)
     return _reply(message, pack_site_report(report))
 
 

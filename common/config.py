@@ -140,6 +140,31 @@ class Rounds(Section):
         "fp16",
         description="how a site's update travels: fp16 change since the round's model, or fp32",
     )
+    average_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="measure and keep an exponential moving average of the rounds' models (0: off)",
+    )
+
+
+class Privacy(Section):
+    """How a site trains that asks for differential privacy; its budget is its own (site.yaml)."""
+
+    epsilon: PositiveFloat | None = Field(
+        None,
+        description="most that a site may spend here of its own budget; in a simulation, every "
+        "site's budget. null: no limit but the site's; in a simulation, no privacy",
+    )
+    expected_batch: PositiveFloat | None = Field(
+        None, description="patients of a step on average; null: all of them in every step"
+    )
+    steps: PositiveInt = Field(1, description="noisy steps a round")
+    crops: PositiveInt = Field(
+        1, description="augmented crops of each of a patient's scans, averaged before clipping"
+    )
+    optimiser: Literal["sgd", "adam"] = "sgd"
+    learning_rate: PositiveFloat = Field(
+        0.1, description="in place of training.learning_rate, and lowered with it"
+    )
 
 
 class Split(Section):
@@ -191,13 +216,18 @@ class Server(Section):
     attempts: PositiveInt = Field(
         3, description="how often a round with too few good replies is tried"
     )
+    init_from: Path | None = Field(
+        None,
+        description="weights to begin with (model.safetensors of a run on public or synthetic "
+        "data, same network); read in a simulation too",
+    )
 
 
 class FederationConfig(Section):
     """Everything the sites of one federation agree on."""
 
     name: str = Field("brats", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    preset: Literal["quick", "default", "reference"] = Field(
+    preset: Literal["quick", "default", "reference", "private"] = Field(
         "default", description="whose defaults the keys left out of this file take"
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
@@ -220,6 +250,7 @@ class FederationConfig(Section):
     loss: Loss = Loss()
     training: Training = Training()
     rounds: Rounds = Rounds()
+    privacy: Privacy = Privacy()
 
     @field_validator("modalities")
     @classmethod
@@ -262,5 +293,13 @@ PRESETS: dict[str, dict[str, Any]] = {
             "augment": {"affine_probability": 0.5},
         },
         "rounds": {"number": 10, "plateau_patience": None},
+    },
+    # differential privacy at hospitals with tens of patients: a small network without running
+    # statistics, every patient in every step, few rounds
+    "private": {
+        "preprocess": {"mode": "resample", "shape": (64, 64, 64)},
+        "network": {"name": "residual_unet", "norm": "group", "channels": (8, 16, 32)},
+        "rounds": {"number": 20, "plateau_patience": None},
+        "privacy": {"crops": 2},
     },
 }

@@ -13,12 +13,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from common.metrics import SiteMetrics
 from common.records import BadMessage, record_of, value_of
+from common.statement import Signed, attach, attached
 from common.weights import BadWeights, Weights
 from common.wire import decode, encode, encode_change
 
 BLOCK = "weights"  # the one array of a message that carries weights
 STYPE = "safetensors"
 MOST_SUBJECTS = 10**7
+EXACT, NOISED, WITHHELD = "exact", "noised", "withheld"  # how metrics are released
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,20 @@ class TrainTask:
 
 @dataclass(frozen=True)
 class SiteUpdate:
-    """The weights after local training, and what the server's history keeps about it."""
+    """The weights after local training, and what the server's history keeps about it.
+
+    Loss, time and throughput depend on the patients that were drawn, so a site that trains with
+    differential privacy keeps them to itself.
+    """
 
     site: str
     round: int
     n_training: int
-    loss: float
-    seconds: float
-    samples_per_second: float
     weights: Weights
+    loss: float | None = None
+    seconds: float | None = None
+    samples_per_second: float | None = None
+    statement: Signed | None = None
 
 
 @dataclass(frozen=True)
@@ -64,12 +71,18 @@ class EvaluateTask:
 
 @dataclass(frozen=True)
 class SiteReport:
-    """Metrics over a site's held-out subjects, as means with the number of subjects behind each."""
+    """Metrics over a site's held-out subjects, as means with the number of subjects behind each.
+
+    `released` is the site's choice: exact, noised (differentially private: Dice of the regions
+    only), or withheld (no mean at all).
+    """
 
     site: str
     round: int
-    seconds: float
     metrics: SiteMetrics
+    seconds: float | None = None
+    released: str = EXACT
+    statement: Signed | None = None
 
 
 def pack_site_card(card: SiteCard) -> RecordDict:
@@ -125,10 +138,11 @@ def unpack_site_update(content: RecordDict, since: Weights | None = None) -> Sit
         site=value_of(record, "site", str),
         round=value_of(record, "round", int),
         n_training=value_of(record, "n_training", int),
-        loss=value_of(record, "loss", float),
-        seconds=value_of(record, "seconds", float),
-        samples_per_second=value_of(record, "samples_per_second", float),
         weights=_weights(content, since),
+        loss=_if_told(record, "loss"),
+        seconds=_if_told(record, "seconds"),
+        samples_per_second=_if_told(record, "samples_per_second"),
+        statement=attached(content),
     )
 
 
@@ -147,14 +161,15 @@ def unpack_evaluate_task(content: RecordDict) -> EvaluateTask:
 
 
 def pack_site_report(report: SiteReport) -> RecordDict:
-    about = {"site": report.site, "round": report.round, "seconds": report.seconds}
-    return RecordDict(
+    content = RecordDict(
         {
-            "about": ConfigRecord(about),
+            "about": _about(report, "metrics"),
             "means": MetricRecord(dict(report.metrics.means)),
             "defined": MetricRecord({"n": report.metrics.n, **report.metrics.defined}),
         }
     )
+    attach(content, report.statement)
+    return content
 
 
 def unpack_site_report(content: RecordDict) -> SiteReport:
@@ -165,13 +180,18 @@ def unpack_site_report(content: RecordDict) -> SiteReport:
     defined = {name: value_of(counts, name, int) for name in means}
     if any(not 0 <= count <= n for count in defined.values()):
         raise BadMessage(f"a mean is over fewer than 0 or more than all {n} subjects.")
+    released = value_of(record, "released", str)
+    if released not in (EXACT, NOISED, WITHHELD) or (released == WITHHELD and len(means)):
+        raise BadMessage("the metrics are not released in one of the agreed ways.")
     return SiteReport(
         site=value_of(record, "site", str),
         round=value_of(record, "round", int),
-        seconds=value_of(record, "seconds", float),
         metrics=SiteMetrics(
             n=n, means={name: value_of(means, name, float) for name in means}, defined=defined
         ),
+        seconds=_if_told(record, "seconds"),
+        released=released,
+        statement=attached(content),
     )
 
 
@@ -181,9 +201,22 @@ def weight_bytes(content: RecordDict) -> int:
 
 
 def _with_weights(message: TrainTask | SiteUpdate | EvaluateTask, block: bytes) -> RecordDict:
-    about = {name: value for name, value in vars(message).items() if name != "weights"}
     array = Array("uint8", (len(block),), STYPE, block)
-    return RecordDict({"about": ConfigRecord(about), "weights": ArrayRecord({BLOCK: array})})
+    about = _about(message, "weights")
+    content = RecordDict({"about": about, "weights": ArrayRecord({BLOCK: array})})
+    if isinstance(message, SiteUpdate):
+        attach(content, message.statement)
+    return content
+
+
+def _about(message: object, *others: str) -> ConfigRecord:
+    """What has no record of its own and is told at all."""
+    values = {k: v for k, v in vars(message).items() if k not in (*others, "statement")}
+    return ConfigRecord({name: value for name, value in values.items() if value is not None})
+
+
+def _if_told(record: ConfigRecord, name: str) -> float | None:
+    return value_of(record, name, float) if name in record else None
 
 
 def _block(content: RecordDict) -> bytes:

@@ -268,7 +268,8 @@ def _refuse(update: SiteUpdate, card: SiteCard, task: TrainTask, max_change: flo
         return f"its update is from {update.site} for round {update.round}."
     if update.n_training != card.n_training:
         return f"it trained on {update.n_training} subjects but announced {card.n_training}."
-    if not all(abs(x) <= LARGEST for x in (update.loss, update.seconds, update.samples_per_second)):
+    told = update.loss, update.seconds, update.samples_per_second
+    if not all(x is None or abs(x) <= LARGEST for x in told):
         return "its training loss, time or throughput is not a possible number."
     try:
         check_update(update.weights, task.weights)

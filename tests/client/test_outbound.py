@@ -47,13 +47,13 @@ def values() -> int:
 
 
 def update(round_: int = 3, *, loss: float = 0.5, change: bool = True) -> RecordDict:
-    sent = SiteUpdate("Oslo", round_, 12, loss, 2.5, 4.8, weights(1.1))
+    sent = SiteUpdate("Oslo", round_, 12, weights(1.1), loss, 2.5, 4.8)
     return pack_site_update(sent, weights() if change else None)
 
 
 def report(**means: float) -> RecordDict:
     metrics = SiteMetrics(5, means, {name: 0 if math.isnan(v) else 5 for name, v in means.items()})
-    return pack_site_report(SiteReport("Oslo", 3, 1.5, metrics))
+    return pack_site_report(SiteReport("Oslo", 3, metrics, 1.5))
 
 
 def reply(content: RecordDict | Error) -> Message:

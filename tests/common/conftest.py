@@ -22,6 +22,9 @@ OTHER = {  # where a number or a flag does not follow from the default
     "network.norm": "batch",
     "training.precision": "fp32",
     "rounds.updates": "fp32",
+    "rounds.average_decay": 0.5,
+    "privacy.optimiser": "adam",
+    "server.init_from": "model.safetensors",
     "server.address": "fed.example.org",
     "server.listen": "127.0.0.1",
 }

@@ -135,7 +135,7 @@ def test_modalities_take_the_channel_order_of_the_system(tmp_path):
         ("name: 2020-13-45", "not valid YAML"),  # PyYAML raises a bare ValueError
         ("[" * 500, "not valid YAML"),
         ("? [a]\n: b", "not valid YAML"),
-        ("preset: [quick]", "preset ['quick'] is not one of quick, default, reference"),
+        ("preset: [quick]", "preset ['quick'] is not one of quick, default, reference, private"),
         ("preset: qick", "preset 'qick' is not one of"),
     ],
 )

@@ -33,6 +33,7 @@ from common.messages import (
     weight_bytes,
 )
 from common.metrics import SiteMetrics
+from common.statement import Signed, Statement
 from common.weights import BadWeights
 from common.wire import encode, encode_change
 
@@ -45,12 +46,18 @@ WEIGHTS = {
 }
 CARD = SiteCard("Köln-1", True, 12, 3, 1, "ab" * 32)
 TRAIN = TrainTask(3, "ab" * 32, 1e-4, WEIGHTS)
-UPDATE = SiteUpdate("Köln-1", 3, 12, 0.1 + 0.2, 12.5, 3.25, WEIGHTS)
+UPDATE = SiteUpdate("Köln-1", 3, 12, WEIGHTS, 0.1 + 0.2, 12.5, 3.25)
 EVALUATE = EvaluateTask(3, "ab" * 32, True, WEIGHTS)
 MEANS = {"loss": 1 / 3, "dice/WT": 1.0, "hd95/ET": math.nan}
 REPORT = SiteReport(
-    "Köln-1", 3, 0.5, SiteMetrics(5, MEANS, {"loss": 5, "dice/WT": 5, "hd95/ET": 0})
+    "Köln-1", 3, SiteMetrics(5, MEANS, {"loss": 5, "dice/WT": 5, "hd95/ET": 0}), 0.5
 )
+STATED = Signed(
+    Statement("3f" * 16, "Köln-1", 3, "c0de", "2026-01-01", private=False, metrics="exact").text(),
+    b"\x00\xff",
+)
+WITHHELD = replace(REPORT, metrics=SiteMetrics(5, {}, {}), released="withheld", seconds=None)
+MAY_BE_KEPT = ("loss", "seconds", "samples_per_second")  # by a site that protects its patients
 ALL: list[tuple[Any, Callable[[Any], RecordDict], Callable[[RecordDict], Any]]] = [
     (CARD, pack_site_card, unpack_site_card),
     (replace(CARD, trains=False, n_training=0), pack_site_card, unpack_site_card),
@@ -58,6 +65,10 @@ ALL: list[tuple[Any, Callable[[Any], RecordDict], Callable[[RecordDict], Any]]] 
     (UPDATE, pack_site_update, unpack_site_update),
     (EVALUATE, pack_evaluate_task, unpack_evaluate_task),
     (REPORT, pack_site_report, unpack_site_report),
+    (replace(UPDATE, loss=None, seconds=None), pack_site_update, unpack_site_update),
+    (replace(UPDATE, statement=STATED), pack_site_update, unpack_site_update),
+    (replace(REPORT, statement=STATED, released="noised"), pack_site_report, unpack_site_report),
+    (WITHHELD, pack_site_report, unpack_site_report),
 ]
 each_message = pytest.mark.parametrize(
     ("message", "pack", "unpack"), ALL, ids=[type(message).__name__ for message, _, _ in ALL]
@@ -112,6 +123,9 @@ def test_missing_records_and_values_are_named(message, pack, unpack):
     for key in list(whole[first]):
         content = pack(message)
         del content[first][key]
+        if key in MAY_BE_KEPT:
+            assert getattr(unpack(content), key) is None
+            continue
         with pytest.raises(BadMessage, match=key):
             unpack(content)
 
@@ -272,3 +286,19 @@ def test_a_report_must_count_the_subjects_behind_each_mean():
     del content["defined"]["dice/WT"]
     with pytest.raises(BadMessage, match="dice/WT"):
         unpack_site_report(content)
+
+
+def test_withheld_metrics_hold_none_and_nothing_else_is_a_way_to_release_them():
+    content = pack_site_report(replace(WITHHELD, metrics=REPORT.metrics))
+    with pytest.raises(BadMessage, match="not released in one of the agreed ways"):
+        unpack_site_report(content)
+    content = pack_site_report(replace(REPORT, released="secretly"))
+    with pytest.raises(BadMessage, match="not released in one of the agreed ways"):
+        unpack_site_report(content)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"site": "x"}', "[" * 9000, "x" * 20_000])
+def test_a_statement_of_another_form_is_a_bad_message(text):
+    content = pack_site_update(replace(UPDATE, statement=Signed(text)))
+    with pytest.raises(BadMessage, match="privacy statement"):
+        unpack_site_update(content)

@@ -136,7 +136,7 @@ class Federation:
         self.rates[task.round] = task.learning_rate
         weights = trained(task.weights, site, task.round, task.learning_rate)
         n = self.sites[site].n_training
-        update = SiteUpdate(site, task.round, n, 0.25, 1.5, n / 1.5, weights)
+        update = SiteUpdate(site, task.round, n, weights, 0.25, 1.5, n / 1.5)
         since = task.weights if self.config.rounds.updates == "fp16" else None
         return self._reply(
             message, TRAIN, site, task.round, update, lambda u: pack_site_update(u, since)
@@ -149,7 +149,7 @@ class Federation:
         kind = FINAL if task.surface_distances else EVALUATE
         n = self.sites[site].n_held_out
         metrics = measured(task.weights, site, n, final=task.surface_distances)
-        report = SiteReport(site, task.round, 0.5, metrics)
+        report = SiteReport(site, task.round, metrics, 0.5)
         return self._reply(message, kind, site, task.round, report, pack_site_report)
 
     def _reply(
