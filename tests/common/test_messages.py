@@ -115,6 +115,9 @@ def test_missing_records_and_values_are_named(message, pack, unpack):
             del content[name]
             if wrong is not None:
                 content[name] = wrong
+            elif name == "privacy":
+                assert unpack(content).statement is None
+                continue
             with pytest.raises(BadMessage):
                 unpack(content)
     with pytest.raises(BadMessage, match="no ConfigRecord called"):
@@ -151,7 +154,7 @@ def with_block(content: RecordDict, data: bytes, stype: str = "safetensors") -> 
 GOOD = encode(WEIGHTS)
 weights_messages = pytest.mark.parametrize(
     ("message", "pack", "unpack"),
-    [one for one in ALL if hasattr(one[0], "weights")],
+    [one for one in ALL[:6] if hasattr(one[0], "weights")],
     ids=["TrainTask", "SiteUpdate", "EvaluateTask"],
 )
 
