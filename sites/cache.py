@@ -42,6 +42,7 @@ class CachedSubject:
     folder: Path
     geometry: Geometry
     digest: str  # of the voxels: equal for the same patient under two ids
+    fingerprints: tuple[str, ...] = ()  # of each modality's voxels, see `sites.checks.Scan`
 
     def image(self) -> np.ndarray:
         """float16 (C, X, Y, Z), memory-mapped, on the working grid."""
@@ -117,7 +118,13 @@ def load_entry(folder: Path) -> CachedSubject:
     about = _read_about(folder)
     if about is None:
         raise CacheError(f"cache entry {folder} is missing or damaged; start the run again.")
-    return CachedSubject(about["subject"], folder, _geometry(about["geometry"]), about["digest"])
+    return CachedSubject(
+        about["subject"],
+        folder,
+        _geometry(about["geometry"]),
+        about["digest"],
+        tuple(about["fingerprints"]),
+    )
 
 
 def _one(
@@ -152,12 +159,14 @@ def _one(
         "subject": subject.id,
         "recipe": asdict(recipe),
         "digest": scan.digest,
+        "fingerprints": scan.fingerprints,
         "labelled": prepared.labels is not None,
         "geometry": asdict(prepared.geometry),
         "findings": [finding.as_dict() for finding in found],
     }
     _write(entry, prepared, about)
-    return CachedSubject(subject.id, entry, prepared.geometry, scan.digest), found
+    ready = CachedSubject(subject.id, entry, prepared.geometry, scan.digest, scan.fingerprints)
+    return ready, found
 
 
 def _key(subject: Subject, recipe: Recipe, hashes: sqlite3.Connection) -> str:
@@ -224,7 +233,7 @@ def _write(entry: Path, prepared: Prepared, about: dict[str, Any]) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         if entry.exists() and _read_about(entry) is None:
-            shutil.rmtree(entry, ignore_errors=True)  # damaged
+            shutil.rmtree(entry, ignore_errors=True)  # damaged, or of an earlier version
         try:
             temporary.rename(entry)
         except OSError as error:
@@ -236,13 +245,14 @@ def _write(entry: Path, prepared: Prepared, about: dict[str, Any]) -> None:
 
 
 def _read_about(entry: Path) -> dict[str, Any] | None:
-    """The entry's description, or None where there is no whole entry."""
+    """The entry's description, or None where there is no whole entry of this version."""
     try:
         about: dict[str, Any] = json.loads((entry / "about.json").read_text(encoding="utf-8"))
         for name, size in about["sizes"].items():
             if (entry / name).stat().st_size != size:
                 return None
-        if not {"subject", "digest", "labelled", "geometry", "findings"} <= about.keys():
+        keys = {"subject", "digest", "fingerprints", "labelled", "geometry", "findings"}
+        if not keys <= about.keys():
             return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -45,6 +45,9 @@ class Scan:
     file_affine: np.ndarray  # 4x4, the files' own voxel -> mm
     file_shape: tuple[int, int, int]
     digest: str  # sha256 of the first modality's RAS voxels, whatever number type held them
+    fingerprints: tuple[str, ...]
+    """The same of every modality, sorted and without its name: two scans that share one share a
+    patient, whatever they are called and whichever modalities were asked for."""
 
 
 def examine(
@@ -100,6 +103,7 @@ def examine(
         return None, findings
     first = volumes[modalities[0]]
     x, y, z = (float(edge) for edge in voxel_sizes(first.affine))
+    digests = {modality: _digest(voxels) for modality, voxels in images.items()}
     scan = Scan(
         subject=subject,
         images=images,
@@ -108,7 +112,8 @@ def examine(
         affine=first.affine,
         file_affine=first.file_affine,
         file_shape=first.file_shape,
-        digest=_digest(first.voxels),
+        digest=digests[modalities[0]],
+        fingerprints=tuple(sorted(set(digests.values()))),
     )
     return scan, findings
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import resource
@@ -74,6 +75,7 @@ def test_an_entry_holds_what_preprocessing_gives(data: Path, tmp_path: Path):
             np.testing.assert_array_equal(entry_again.truth(), expected.truth)
             assert entry_again.geometry == expected.geometry
             assert entry_again.digest == scan.digest
+            assert entry_again.fingerprints == scan.fingerprints
         assert isinstance(entry.image(), np.memmap)
         assert (entry.image().dtype, entry.labels().dtype) == (np.float16, np.uint8)
 
@@ -187,6 +189,40 @@ def test_a_truncated_or_missing_file_of_an_entry_is_made_again(
         np.testing.assert_array_equal(entry.image(), image)
         assert load_entry(entry.folder) == entry
     assert written(folder)[whole[2].folder.name] == before[whole[2].folder.name]
+
+
+def test_an_entry_of_a_version_without_fingerprints_is_made_again(data: Path, tmp_path: Path):
+    folder = tmp_path / "cache"
+    first = run(data, folder)
+    about = first.ready[1].folder / "about.json"
+    old = json.loads(about.read_text())
+    del old["fingerprints"]
+    about.write_text(json.dumps(old))
+    before = written(folder)
+    again = run(data, folder)
+    assert again == first
+    assert again.findings == ()
+    assert load_entry(first.ready[1].folder) == first.ready[1]
+    assert {name for name, inode in written(folder).items() if inode != before[name]} == {
+        first.ready[1].folder.name
+    }
+
+
+def test_a_renamed_subject_keeps_its_fingerprints_whatever_is_asked_of_it(
+    data: Path, tmp_path: Path
+):
+    first = run(data, tmp_path / "cache").ready[0]
+    source = data / first.id
+    renamed = tmp_path / "elsewhere" / "BraTS-GLI-00007-000"
+    renamed.mkdir(parents=True)
+    for path in source.iterdir():
+        shutil.copy(path, renamed / path.name.replace(source.name, renamed.name))
+    for modalities in (("flair",), MODALITIES[::-1]):
+        recipe = Recipe("resample", (24, 24, 24), "minmax", modalities)
+        (again,) = run(renamed.parent, tmp_path / "cache", recipe).ready
+        assert again.id == renamed.name
+        assert len(again.fingerprints) == len(modalities)
+        assert set(again.fingerprints) <= set(first.fingerprints)
 
 
 # ---------------------------------------------------------------------------------------- bad data

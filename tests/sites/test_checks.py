@@ -462,6 +462,42 @@ def test_the_same_patient_at_two_sites_is_found_whatever_the_files_look_like(tmp
     assert (same_id.site, same_id.subject) == ("c", ID)
 
 
+def test_a_scan_is_recognised_by_any_of_its_modalities(tmp_path):
+    """Whatever the subject, the files, the number types and the set of modalities are called."""
+    (scan,), _ = inspect(write_subject(tmp_path / "a").parent)
+    assert len(scan.fingerprints) == len(MODALITIES)
+    assert list(scan.fingerprints) == sorted(scan.fingerprints)
+    assert scan.digest in scan.fingerprints
+    single = {}
+    for modality in MODALITIES:
+        (one,), _ = inspect(tmp_path / "a", modalities=(modality,))
+        assert one.fingerprints == (one.digest,)
+        single[modality] = one.digest
+    assert set(single.values()) == set(scan.fingerprints)
+
+    renamed = tmp_path / "b" / "BraTS-GLI-00007-000"
+    renamed.mkdir(parents=True)
+    for new, old in (("t1n", "t1"), ("t1c", "t1ce"), ("t2w", "t2"), ("t2f", "flair")):
+        floats = image(old).astype(np.float32)
+        save(renamed / f"{renamed.name}-{new}.nii.gz", floats[::-1, ::-1], RAS)
+    save(renamed / f"{renamed.name}-seg.nii.gz", tumour()[::-1, ::-1], RAS)
+    (other,), _ = inspect(tmp_path / "b", modalities=MODALITIES[::-1])
+    assert other.subject.id == renamed.name
+    assert other.fingerprints == scan.fingerprints
+    assert other.digest == single["flair"]
+
+
+def test_a_changed_voxel_changes_the_fingerprint_of_its_modality_only(tmp_path):
+    folder = write_subject(tmp_path)
+    (before,), _ = inspect(tmp_path)
+    voxels = image("t2")
+    voxels[tuple(np.argwhere(voxels)[0])] += 1
+    save(of(folder, "t2"), voxels)
+    (after,), _ = inspect(tmp_path)
+    assert len(set(before.fingerprints) & set(after.fingerprints)) == 3
+    assert len(after.fingerprints) == 4
+
+
 # ------------------------------------------------------------------------------------ further rules
 
 

@@ -36,7 +36,7 @@ def scan_of(images: dict[str, np.ndarray], labels: np.ndarray | None, spacing=(1
     shape = next(iter(images.values())).shape
     affine = np.diag([*spacing, 1.0])
     subject = Subject("S", Path(), {}, None)
-    return Scan(subject, images, labels, spacing, affine, affine, shape, "")
+    return Scan(subject, images, labels, spacing, affine, affine, shape, "", ())
 
 
 def noisy_scan(brain: np.ndarray = BRAIN, labels: np.ndarray | None = LABELS, **more) -> Scan:
