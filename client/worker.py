@@ -163,9 +163,13 @@ def _explain(error: Exception) -> tuple[str, list[dict[str, str]]]:
     from common.config_file import ConfigError
     from sites.cache import CacheError
     from sites.institutions import SplitError
+    from sites.patients import PatientsError
 
     findings = [finding.as_dict() for finding in getattr(error, "findings", ())]
-    foreseen = (UnusableData, CacheError, SplitError, ConfigError, NoDevice, CodeChanged)
+    foreseen = (
+        *(UnusableData, CacheError, SplitError, PatientsError),
+        *(ConfigError, NoDevice, CodeChanged),
+    )
     if isinstance(error, foreseen):
         return str(error), findings
     logging.getLogger("fedbrats").exception("the client's worker failed")

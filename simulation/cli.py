@@ -296,6 +296,7 @@ def _foreseen() -> tuple[type[Exception], ...]:
     from simulation.ray_engine import RayMissing
     from sites.cache import CacheError
     from sites.institutions import SplitError
+    from sites.patients import PatientsError
 
     return (
         AlreadyInUse,
@@ -303,6 +304,7 @@ def _foreseen() -> tuple[type[Exception], ...]:
         CacheError,
         FederationFailed,
         HistoryError,
+        PatientsError,
         RayMissing,
         SplitError,
         UnusableData,

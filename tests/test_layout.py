@@ -31,6 +31,7 @@ WITHOUT_TORCH = (
     "sites.institutions",
     "sites.brats2020",
     "sites.holdout",
+    "sites.patients",
     "sites.phantom",
     "sites.phantom_cohort",
 )
