@@ -14,6 +14,7 @@ from common.config import FederationConfig
 from common.config_file import dump_config
 from sites.finding import Finding
 from sites.institutions import grades_of
+from sites.patients import patients_of
 from sites.site_cohort import prepare_site
 from sites.subject import discover
 
@@ -43,6 +44,7 @@ def prepare_hospital(
         UnusableData: no subject can be used, or one cannot and the federation refuses to skip it.
         CacheError: the cache cannot be written.
         SplitError: name mappings in `data` contradict each other.
+        PatientsError: `patients.csv` in `data` cannot be followed.
     """
     if not data.is_dir():
         raise UnusableData(f"{data} is no folder; correct `data` in site.yaml.")
@@ -51,7 +53,8 @@ def prepare_hospital(
         raise UnusableData(f"{data}: no subject was found.", discovery.findings)
     cache.mkdir(parents=True, exist_ok=True, mode=0o700)  # prepared scans are scans
     grades = grades_of(discovery.subjects, data)
-    site = prepare_site(name, discovery.subjects, grades, config, cache)
+    patients = patients_of(discovery.subjects, data)
+    site = prepare_site(name, discovery.subjects, grades, patients, config, cache)
     findings = tuple(dict.fromkeys((*discovery.findings, *site.findings)))
     errors = [finding for finding in findings if finding.severity == "error"]
     bad = {finding.subject for finding in errors} - {""}
@@ -71,6 +74,7 @@ def prepare_hospital(
         training=site.training,
         held_out=site.held_out,
         findings=findings,
+        patients=patients,
     )
     warnings = sum(finding.severity == "warning" for finding in findings)
     return Prepared(len(site.training), len(site.held_out), len(bad), warnings)

@@ -1,14 +1,14 @@
 """A site's own folder: what its client knows before any task arrives.
 
 `site.json` lists the prepared subjects by their cache entries, divided into training and held-out,
-and who was left out and why; `federation.yaml` beside it is the configuration the site accepted.
-Both stay at the site.
+which of them are one patient, and who was left out and why; `federation.yaml` beside it is the
+configuration the site accepted. Both stay at the site.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from sites.finding import Finding
 
 @dataclass(frozen=True)
 class Site:
-    """`left_out` maps a subject that cannot be used to the reason."""
+    """`left_out` maps a subject that cannot be used to the reason, `patients` every training and
+    held-out subject to the patient whose scan it is."""
 
     name: str
     folder: Path
@@ -30,6 +31,7 @@ class Site:
     training: tuple[CachedSubject, ...]
     held_out: tuple[CachedSubject, ...]
     left_out: dict[str, str]
+    patients: dict[str, str]
 
 
 def write_site(
@@ -41,14 +43,21 @@ def write_site(
     training: Sequence[CachedSubject],
     held_out: Sequence[CachedSubject],
     findings: Sequence[Finding],
+    patients: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `site.json` and `federation.yaml` for `load_site`."""
+    """Write `site.json` and `federation.yaml` for `load_site`.
+
+    `patients` (subject id -> patient id) must name every subject of both sides; without it each
+    subject is a patient by itself.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    ids = [entry.id for entry in (*training, *held_out)]
     manifest = {
         "site": name,
         "trains": trains,
         "training": {entry.id: str(entry.folder) for entry in training},
         "held_out": {entry.id: str(entry.folder) for entry in held_out},
+        "patients": {i: i if patients is None else patients[i] for i in ids},
         "left_out": {f.subject: f.what for f in findings if f.severity == "error"},
         "findings": [finding.as_dict() for finding in findings],
     }
@@ -72,4 +81,5 @@ def load_site(folder: Path) -> Site:
         training=tuple(load_entry(Path(p)) for p in manifest["training"].values()),
         held_out=tuple(load_entry(Path(p)) for p in manifest["held_out"].values()),
         left_out=manifest["left_out"],
+        patients=manifest["patients"],
     )

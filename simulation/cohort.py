@@ -16,18 +16,21 @@ from common.config_file import dump_config
 from sites.checks import same_patient_twice
 from sites.finding import Finding
 from sites.institutions import Split, roles, split_subjects
+from sites.patients import patients_at_two_sites, patients_of
 from sites.site_cohort import SiteCohort, prepare_site
 from sites.subject import Discovery, Subject, discover
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """`lost_sites` have no usable subject left, so they take no part; they are always reported."""
+    """`lost_sites` have no usable subject left, so they take no part; they are always reported.
+    `patients` maps every subject of the data to its patient."""
 
     sites: tuple[SiteCohort, ...]
     lost_sites: tuple[str, ...]
     unmapped: tuple[str, ...]
     findings: tuple[Finding, ...]
+    patients: dict[str, str]
 
     @property
     def errors_of_no_subject(self) -> tuple[Finding, ...]:
@@ -75,10 +78,11 @@ def assemble(data: Path, config: FederationConfig, cache: Path) -> Cohort:
 
     Raises:
         UnusableData: a subject has an error and `on_bad_subject` is `refuse`, or none is left.
-        SplitError, CacheError: as their modules say.
+        SplitError, PatientsError, CacheError: as their modules say.
     """
     discovery, split = find_and_split(data, config)
     does = roles(split, hold_out=config.split.hold_out, min_subjects=config.split.min_subjects)
+    patients = patients_of(discovery.subjects, data)
     by_id = {subject.id: subject for subject in discovery.subjects}
     site_of = {subject: site for site, members in split.sites.items() for subject in members}
     sites = []
@@ -89,6 +93,7 @@ def assemble(data: Path, config: FederationConfig, cache: Path) -> Cohort:
             name,
             subjects,
             split.grades,
+            patients,
             config,
             cache,
             only_evaluates=does[name] == "evaluates",
@@ -96,14 +101,16 @@ def assemble(data: Path, config: FederationConfig, cache: Path) -> Cohort:
         )
         found += site.findings
         sites.append(site)
-    everyone = [(s.name, e.id, e.digest) for s in sites for e in (*s.training, *s.held_out)]
-    found += same_patient_twice(everyone)
+    usable = {site.name: (*site.training, *site.held_out) for site in sites}
+    found += same_patient_twice((s, e.id, e.digest) for s in usable for e in usable[s])
+    found += patients_at_two_sites({s: [e.id for e in usable[s]] for s in usable}, patients)
     findings = tuple(dict.fromkeys(found))
     cohort = Cohort(
         sites=tuple(site for site in sites if site.training or site.held_out),
         lost_sites=tuple(s.name for s in sites if not (s.training or s.held_out)),
         unmapped=split.unmapped,
         findings=findings,
+        patients=patients,
     )
     errors = [finding for finding in findings if finding.severity == "error"]
     if errors and config.on_bad_subject == "refuse":
@@ -118,7 +125,7 @@ def assemble(data: Path, config: FederationConfig, cache: Path) -> Cohort:
 
 
 def changed_sites(cohort: Cohort, folder: Path) -> list[str]:
-    """Sites whose subjects, their files or their roles differ from what `write_sites` last wrote."""
+    """Sites whose subjects, their files, roles or patients differ from what `write_sites` wrote."""
     changed = []
     for site in cohort.sites:
         manifest = folder / site.name / "site.json"
@@ -126,8 +133,9 @@ def changed_sites(cohort: Cohort, folder: Path) -> list[str]:
             continue
         before = json.loads(manifest.read_text(encoding="utf-8"))
         now = {"training": site.training, "held_out": site.held_out}
+        patients = {e.id: cohort.patients[e.id] for e in (*site.training, *site.held_out)}
         # an entry's name tells its contents; the cache itself may have moved
-        if any(
+        if before.get("patients", patients) != patients or any(
             [Path(path).name for path in before[role].values()] != [e.folder.name for e in entries]
             for role, entries in now.items()
         ):
@@ -148,6 +156,7 @@ def write_sites(cohort: Cohort, folder: Path, config: FederationConfig) -> dict[
             training=site.training,
             held_out=site.held_out,
             findings=site.findings,
+            patients=cohort.patients,
         )
     return folders
 

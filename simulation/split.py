@@ -9,6 +9,7 @@ from common.config import FederationConfig
 from simulation.cohort import find_and_split
 from sites.holdout import divide
 from sites.institutions import roles
+from sites.patients import patients_of
 
 
 def describe(data: Path, config: FederationConfig) -> dict[str, Any]:
@@ -17,13 +18,15 @@ def describe(data: Path, config: FederationConfig) -> dict[str, Any]:
 
     Raises:
         UnusableData, SplitError: as `simulation.cohort.find_and_split`.
+        PatientsError: `patients.csv` in `data` cannot be followed.
     """
-    _, split = find_and_split(data, config)
+    discovery, split = find_and_split(data, config)
+    patients = patients_of(discovery.subjects, data)
     does = roles(split, hold_out=config.split.hold_out, min_subjects=config.split.min_subjects)
     sites = {}
     for name, members in split.sites.items():
         training, held_out = divide(
-            members, split.grades, seed=config.seed, fraction=config.held_out_fraction
+            members, split.grades, patients, seed=config.seed, fraction=config.held_out_fraction
         )
         if does[name] == "evaluates":
             training, held_out = (), members

@@ -33,6 +33,7 @@ def prepare_site(
     name: str,
     subjects: Sequence[Subject],
     grades: Mapping[str, str],
+    patients: Mapping[str, str],
     config: FederationConfig,
     cache: Path,
     *,
@@ -43,6 +44,7 @@ def prepare_site(
 
     Args:
         grades: subject id -> HGG, LGG or "", part of what decides who is held out.
+        patients: subject id -> patient id; a patient is held out whole.
         min_subjects: with fewer usable ones the site only evaluates.
 
     Raises:
@@ -50,7 +52,9 @@ def prepare_site(
     """
     preparation = prepare_subjects(subjects, recipe_of(config), cache, site=name)
     ready = {entry.id: entry for entry in preparation.ready}
-    training, held_out = divide(ready, grades, seed=config.seed, fraction=config.held_out_fraction)
+    training, held_out = divide(
+        ready, grades, patients, seed=config.seed, fraction=config.held_out_fraction
+    )
     # a site can fall below the minimum by subjects that cannot be used
     if only_evaluates or len(ready) < min_subjects:
         training, held_out = (), tuple(ready)

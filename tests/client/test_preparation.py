@@ -9,7 +9,9 @@ import pytest
 
 from client.preparation import UnusableData, prepare_hospital
 from client.site import load_site
+from client.worker import _explain
 from sites.institutions import grades_of
+from sites.patients import PatientsError, patients_of
 from sites.site_cohort import prepare_site
 from sites.subject import discover
 
@@ -35,7 +37,8 @@ def test_what_is_prepared_is_what_a_simulation_would_prepare(
     done = prepare(cohort_data, tmp_path, config, cohort_cache)
     found = discover(cohort_data, modalities=config.modalities, site="Oslo")
     grades = grades_of(found.subjects, cohort_data)
-    expected = prepare_site("Oslo", found.subjects, grades, config, cohort_cache)
+    patients = patients_of(found.subjects, cohort_data)
+    expected = prepare_site("Oslo", found.subjects, grades, patients, config, cohort_cache)
     site = load_site(tmp_path / "state")
     assert (site.name, site.trains, site.config) == ("Oslo", True, config)
     assert [s.id for s in site.training] == [s.id for s in expected.training]
@@ -43,6 +46,7 @@ def test_what_is_prepared_is_what_a_simulation_would_prepare(
     assert (done.n_training, done.n_held_out) == (len(site.training), len(site.held_out))
     assert done.n_training + done.n_held_out == 18
     assert done.n_left_out == 0
+    assert site.patients == patients
     again = prepare(cohort_data, tmp_path, config, cohort_cache)
     assert again == done
 
@@ -65,6 +69,32 @@ def test_a_subject_that_cannot_be_used_is_left_out_or_refused_as_agreed(
     site = load_site(tmp_path / "state")
     assert site.left_out.keys() == {bad.name}
     assert bad.name not in {s.id for s in (*site.training, *site.held_out)}
+
+
+def test_the_hospitals_list_of_patients_decides_and_is_written_down(
+    own_data, tmp_path, tiny_config
+):
+    a, b, *others = sorted(p.name for p in own_data.iterdir())
+    csv = own_data / "patients.csv"
+    sides = set()
+    for seed in range(6):
+        csv.write_text(f"Subject_ID,Patient_ID\n{a},P{seed}\n{b},P{seed}\n")
+        prepare(own_data, tmp_path, tiny_config(), tmp_path / "cache")
+        site = load_site(tmp_path / "state")
+        assert site.patients == {a: f"P{seed}", b: f"P{seed}", **{i: i for i in others}}
+        sides.add(frozenset(s.id for s in site.held_out) & {a, b})
+    assert sides == {frozenset(), frozenset({a, b})}
+
+
+def test_a_list_of_patients_that_contradicts_itself_is_said_on_the_hospitals_screen(
+    own_data, tmp_path, tiny_config
+):
+    csv = own_data / "patients.csv"
+    csv.write_text("Subject_ID,Patient_ID\na,P1\na,P2\n")
+    with pytest.raises(PatientsError, match="delete the wrong line") as caught:
+        prepare(own_data, tmp_path, tiny_config(), tmp_path / "cache")
+    assert not (tmp_path / "state").exists()
+    assert _explain(caught.value) == (str(caught.value), [])
 
 
 def test_a_folder_without_subjects_is_named(tmp_path, tiny_config):

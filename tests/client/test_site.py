@@ -44,6 +44,19 @@ def test_a_site_loads_what_was_written(
     assert site.config.fingerprint() == config.fingerprint()
 
 
+def test_whose_scan_each_subject_is_is_known(prepared, tiny_config, tmp_path: Path):
+    ids = [entry.id for entry in prepared.ready]
+    write(tmp_path, tiny_config(), prepared.ready)
+    assert load_site(tmp_path).patients == {i: i for i in ids[:6]}
+    patients = {i: f"P{n // 3}" for n, i in enumerate(ids)}
+    write(tmp_path, tiny_config(), prepared.ready, patients=patients)
+    assert load_site(tmp_path).patients == {i: patients[i] for i in ids[:6]}
+    assert load_site(tmp_path).training[0].fingerprints == prepared.ready[0].fingerprints != ()
+    del patients[ids[5]]  # not to be guessed
+    with pytest.raises(KeyError, match=ids[5]):
+        write(tmp_path, tiny_config(), prepared.ready, patients=patients)
+
+
 def test_writing_again_replaces_everything(prepared, tiny_config, tmp_path: Path):
     write(tmp_path, tiny_config(), prepared.ready)
     write(tmp_path, tiny_config(), prepared.ready, training=(), trains=False, findings=())

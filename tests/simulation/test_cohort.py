@@ -128,6 +128,31 @@ def test_a_patient_at_two_sites_is_warned_about(build, data):
     assert mine in found[0].what
 
 
+def test_time_points_at_two_sites_are_warned_about(build, data):
+    mine, other = (sorted(ids(build())[site][0])[0] for site in ("site-01", "site-13"))
+    listed(data, {mine: "P", other: "P"})
+    (finding,) = build().findings
+    assert (finding.code, finding.severity) == ("patient-at-two-sites", "warning")
+    assert (finding.site, finding.subject) == ("site-13", other)
+
+
+def test_a_patient_is_held_out_whole(build, data, tiny_config, tmp_path):
+    before = ids(build())
+    one = {sorted(before["site-01"][0])[0], sorted(before["site-01"][1])[0]}
+    listed(data, dict.fromkeys(one, "P"))
+    cohort = build()
+    assert ids(cohort)["site-01"][1] & one in (set(), one)
+    write_sites(cohort, tmp_path / "sites", tiny_config())
+    patients = load_site(tmp_path / "sites" / "site-01").patients
+    assert {i for i, patient in patients.items() if patient == "P"} == one
+    assert len(patients) == 6
+
+
+def listed(data: Path, patients: dict[str, str]) -> None:
+    rows = "".join(f"{subject},{patient}\n" for subject, patient in patients.items())
+    (data / "patients.csv").write_text("Subject_ID,Patient_ID\n" + rows)
+
+
 def test_a_subject_without_a_site_is_listed(build, data, tmp_path):
     stranger = "Hospital_X_1"
     like = sorted(everyone(data))[0]
@@ -147,6 +172,7 @@ def test_what_is_written_for_a_site_is_what_its_client_loads(build, tiny_config,
         mine = loaded[site.name]
         assert (mine.training, mine.held_out) == (site.training, site.held_out)
         assert (mine.trains, mine.config) == (site.trains, tiny_config())
+        assert mine.patients == {e.id: e.id for e in (*site.training, *site.held_out)}
 
 
 def test_changed_sites_are_those_with_other_scans_or_another_division(
@@ -157,6 +183,14 @@ def test_changed_sites_are_those_with_other_scans_or_another_division(
     assert changed_sites(build(), tmp_path / "sites") == []
     assert changed_sites(build("split.hold_out=[site-06]"), tmp_path / "sites") == ["site-06"]
     a, b = sorted(ids(cohort)["site-13"][0])[:2]
+    everybody = ids(cohort)
+    for number in range(9):  # until the new patient is on the side where both were
+        listed(data, {a: f"P{number}", b: f"P{number}"})
+        if ids(build()) == everybody:
+            break
+    assert ids(build()) == everybody
+    assert changed_sites(build(), tmp_path / "sites") == ["site-13"], "the same division"
+    (data / "patients.csv").unlink()
     for path in (data / a).iterdir():  # the scan of another, under the old name
         shutil.copy(data / b / path.name.replace(a, b), path)
     shutil.rmtree(data / b)

@@ -21,12 +21,17 @@ def subjects(cohort_data) -> list[Subject]:
 
 @pytest.fixture(scope="module")
 def prepare(subjects, cohort_data, cohort_cache, tiny_config):
-    """A function: further options, `assign` for the configuration -> a prepared site."""
+    """A function: further options, `assign` for the configuration, ids of `one` patient -> a
+    prepared site."""
 
-    def make(*assign: str, chosen=None, cache: Path = cohort_cache, **options) -> SiteCohort:
+    def make(
+        *assign: str, chosen=None, cache: Path = cohort_cache, one=frozenset(), **options
+    ) -> SiteCohort:
         chosen = subjects if chosen is None else chosen
         grades = grades_of(chosen, cohort_data)
-        return prepare_site("site", chosen, grades, tiny_config(*assign), cache, **options)
+        patients = {s.id: "P" if s.id in one else s.id for s in chosen}
+        config = tiny_config(*assign)
+        return prepare_site("site", chosen, grades, patients, config, cache, **options)
 
     return make
 
@@ -39,8 +44,9 @@ def test_every_subject_is_in_one_part(prepare, subjects, cohort_data, tiny_confi
     site = prepare()
     config = tiny_config()
     names = [s.id for s in subjects]
+    alone = {name: name for name in names}
     training, held_out = divide(
-        names, grades_of(subjects, cohort_data), seed=config.seed, fraction=0.3
+        names, grades_of(subjects, cohort_data), alone, seed=config.seed, fraction=0.3
     )
     assert (ids(site.training), ids(site.held_out)) == (list(training), list(held_out))
     assert sorted(ids(site.training) + ids(site.held_out)) == sorted(names)
@@ -51,6 +57,19 @@ def test_every_subject_is_in_one_part(prepare, subjects, cohort_data, tiny_confi
 def test_the_order_of_the_subjects_does_not_matter(prepare, subjects):
     forward, backward = prepare(), prepare(chosen=subjects[::-1])
     assert set(ids(forward.held_out)) == set(ids(backward.held_out))
+
+
+def test_a_patient_is_on_one_side_and_nobody_else_moves(prepare):
+    apart = prepare()
+    one = {*ids(apart.training)[:2], *ids(apart.held_out)[:2]}
+    sides = set()
+    for seed in range(8):
+        apart, together = prepare(f"seed={seed}"), prepare(f"seed={seed}", one=one)
+        held_out = set(ids(together.held_out))
+        assert held_out & one in (set(), one)
+        assert held_out - one == set(ids(apart.held_out)) - one
+        sides.add(one <= held_out)
+    assert sides == {True, False}
 
 
 def test_another_seed_holds_out_others(prepare):
