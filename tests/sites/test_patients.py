@@ -101,7 +101,14 @@ def test_a_subject_may_be_given_to_a_patient_that_others_have_by_name(tmp_path):
 
 
 def test_as_a_spreadsheet_saves_it(tmp_path):
-    text = '\ufeffAge, Patient_ID ,Subject_ID\r\n61,"Doe, 7", a \r\n,,\r\n62,"Doe, 7",b\r\n62,"Doe, 7",b\r\n'
+    rows = (
+        "\ufeffPatient_ID ,Age, Subject_ID",
+        '"Doe, 7",61, a ',
+        ",,",
+        *['"Doe, 7",62,b'] * 2,
+        "",
+    )
+    text = "\r\n".join(rows)
     (tmp_path / "patients.csv").write_bytes(text.encode("utf-8"))
     assert patients(tmp_path, "a", "b") == {"a": "Doe, 7", "b": "Doe, 7"}
 
