@@ -5,6 +5,9 @@
 Updates are added one at a time and can be forgotten at once, so memory is the running sum plus one
 update, whatever the number of sites. The sum is kept in float64: its error stays far below fp32's
 own rounding, and the order of the sites matters only to the last bit (the caller fixes the order).
+
+`moving` averages the rounds' models over time, which evens out the noise of private updates. It sees
+nothing but those models, so it costs no privacy.
 """
 
 from __future__ import annotations
@@ -58,3 +61,16 @@ def mean(running: WeightedSum, like: Weights) -> Weights:
         dtype = like[name].dtype
         result[name] = (average if dtype.is_floating_point else average.round_()).to(dtype)
     return result
+
+
+def moving(average: Weights, newest: Weights, decay: float) -> Weights:
+    """The exponential moving average, one round on: decay * average + (1 - decay) * newest.
+
+    Integer buffers (BatchNorm's counters) are the newest model's.
+    """
+    return {
+        name: (average[name].double() * decay + tensor.double() * (1 - decay)).to(tensor.dtype)
+        if tensor.is_floating_point()
+        else tensor.clone()
+        for name, tensor in newest.items()
+    }

@@ -1,5 +1,9 @@
 """The global model after each round, and the run's folder that holds it.
 
+With `rounds.average_decay` there are two: the moving average, which is measured and given away, under
+the tensors' names, and the model that training continues from, under the same names after RAW. They
+are one file, so that a killed run has both or neither.
+
 A checkpoint is written whole (temporary file, fsync, rename) before its round is recorded in the
 history with its sha256; a file that does not match is refused, never trained on.
 """
@@ -11,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.weights import BadWeights, Weights, file_sha256, load_weights, save_weights
+
+RAW = "raw/"  # no name of a tensor begins so
 
 
 @dataclass(frozen=True)
@@ -45,17 +51,35 @@ class RunFolder:
         return self.path / "checkpoints" / f"round-{round_:04d}.safetensors"
 
 
-def save_checkpoint(folder: RunFolder, round_: int, weights: Weights) -> tuple[str, str]:
-    """Returns the file's path inside the run folder and its sha256."""
+def save_checkpoint(
+    folder: RunFolder, round_: int, weights: Weights, raw: Weights | None = None
+) -> tuple[str, str]:
+    """Returns the file's path inside the run folder and its sha256.
+
+    Args:
+        raw: what training continues from, if that is not `weights`.
+    """
     path = folder.checkpoint(round_)
     path.parent.mkdir(exist_ok=True)
-    digest = save_weights(path, weights, {"round": round_})
+    beside = {RAW + name: tensor for name, tensor in (raw or {}).items()}
+    digest = save_weights(path, {**weights, **beside}, {"round": round_})
     return str(path.relative_to(folder.path)), digest
 
 
 def load_checkpoint(folder: RunFolder, round_: int, sha256: str) -> Weights:
-    """Raises:
-    BadWeights: missing, damaged or not the file that the history recorded.
+    """The model that the round was measured by.
+
+    Raises:
+        BadWeights: missing, damaged or not the file that the history recorded.
+    """
+    return load_to_continue(folder, round_, sha256)[0]
+
+
+def load_to_continue(folder: RunFolder, round_: int, sha256: str) -> tuple[Weights, Weights]:
+    """The model that the round was measured by, and the one that training continues from.
+
+    Raises:
+        BadWeights: as `load_checkpoint`.
     """
     path = folder.checkpoint(round_)
     if not path.exists() or file_sha256(path) != sha256:
@@ -63,7 +87,10 @@ def load_checkpoint(folder: RunFolder, round_: int, sha256: str) -> Weights:
             f"{path}: is missing or changed since round {round_} was recorded; restore it, "
             "or start a new run in another folder."
         )
-    return load_weights(path)[0]
+    tensors = load_weights(path)[0]
+    weights = {name: t for name, t in tensors.items() if not name.startswith(RAW)}
+    raw = {name.removeprefix(RAW): t for name, t in tensors.items() if name.startswith(RAW)}
+    return weights, raw or weights
 
 
 def prune_checkpoints(folder: RunFolder, keep: Collection[int]) -> None:

@@ -19,6 +19,7 @@ from common.config_file import commented, load_config
 from common.files import locked, write_text_atomically
 from common.invitation import Invitation
 from common.terms import Terms
+from server.beginning import anchored
 from server.certificates import (
     Certificate,
     host_name,
@@ -114,6 +115,7 @@ def init_folder(
     """Make a coordinator's folder, or finish what a killed attempt has begun.
 
     Args:
+        config: a relative `server.init_from` in it is meant from the working directory.
         hosts: further names and addresses of this server, beside `config.server.address`.
 
     Raises:
@@ -140,7 +142,8 @@ def init_folder(
         issue_server_certificate(*_certificate_files(folder), names)
         create_registry(folder.enrolled)
         # last, as it marks the folder as finished; `split` is for simulations
-        write_text_atomically(folder.config, commented(config, omit=("split",)))
+        settled = anchored(config, Path.cwd())
+        write_text_atomically(folder.config, commented(settled, omit=("split",)))
     return folder
 
 

@@ -1,8 +1,9 @@
 """The run's history in SQLite: what every site did in every round, written in one transaction a round.
 
 A round is complete exactly when its row is there, so a killed run continues after the last such row.
-Holds numbers per site only: no weights (`server.checkpoint`), no subject ids. A mean over a single
-held-out subject is that subject's result all the same.
+Holds numbers per site only, and what sites state about privacy, as it came: no weights
+(`server.checkpoint`), no subject ids. A mean over a single held-out subject is that subject's result
+all the same.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from common.messages import SiteCard
 from common.metrics import SiteMetrics, mean_dice
+from common.statement import Signed
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -37,9 +39,15 @@ CREATE TABLE IF NOT EXISTS metrics (
     stage TEXT NOT NULL, PRIMARY KEY (stage, round, site, key)
 );
 CREATE TABLE IF NOT EXISTS unmeasured (stage TEXT, round INTEGER, site TEXT, reason TEXT);
+CREATE TABLE IF NOT EXISTS released (stage TEXT, round INTEGER, site TEXT, how TEXT);
+CREATE TABLE IF NOT EXISTS statements (
+    id INTEGER PRIMARY KEY, round INTEGER, site TEXT, stage TEXT, text TEXT, signature BLOB
+);
+CREATE TABLE IF NOT EXISTS final (round INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS failures (round INTEGER, site TEXT, reason TEXT);
 """
 ROUND, FINAL = "round", "final"  # stages: after each round, and the chosen model at the end
+TRAINING, METRICS = "training", "metrics"  # what of a round a statement came with; at the end FINAL
 
 
 class HistoryError(RuntimeError):
@@ -60,32 +68,46 @@ class Contribution:
 
 
 @dataclass(frozen=True)
-class RoundRecord:
-    """One complete round. `metrics` holds the sites that reported; `loss` is over all their subjects.
+class GivenStatement:
+    """What a site stated about the privacy of its patients, beside an update or beside metrics."""
 
-    `unmeasured` says of a site that should have reported why it did not.
+    round: int
+    site: str
+    stage: str
+    signed: Signed
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One complete round. `metrics` holds the sites that told any; `loss` is over all subjects of
+    those that told theirs, None if nobody did.
+
+    `unmeasured` says of a site that has no metrics why. `released` says which sites report other
+    than exact metrics: one that withholds them did report, and is no absence.
     """
 
     round: int
     learning_rate: float
     seconds: float
-    loss: float
+    loss: float | None
     checkpoint: str
     sha256: str
     contributions: tuple[Contribution, ...]
     metrics: dict[str, SiteMetrics]
     unmeasured: dict[str, str] = field(default_factory=dict)
+    released: dict[str, str] = field(default_factory=dict)
 
     @property
-    def mean_dice(self) -> float:
-        """Unweighted over sites, of each site's mean Dice over WT, TC and ET."""
+    def mean_dice(self) -> float | None:
+        """Unweighted over sites, of each site's mean Dice over WT, TC and ET; None if none told."""
         dice = [mean_dice(site) for site in self.metrics.values()]
-        return sum(dice) / len(dice)
+        return sum(dice) / len(dice) if dice else None
 
     @property
-    def worst(self) -> tuple[str, float]:
+    def worst(self) -> tuple[str, float] | None:
         """The site with the lowest mean Dice, and that Dice."""
-        return min(((s, mean_dice(m)) for s, m in self.metrics.items()), key=lambda pair: pair[1])
+        pairs = [(site, mean_dice(metrics)) for site, metrics in self.metrics.items()]
+        return min(pairs, key=lambda pair: pair[1]) if pairs else None
 
 
 class History:
@@ -131,7 +153,7 @@ class History:
         rows = self._read("SELECT * FROM sites ORDER BY site")
         return [SiteCard(s, bool(t), n, h, left, "") for s, t, n, h, left in rows]
 
-    def record_round(self, record: RoundRecord) -> None:
+    def record_round(self, record: RoundRecord, statements: Sequence[GivenStatement] = ()) -> None:
         """All of a round, or nothing of it."""
         r = record
         with self._transaction() as db:
@@ -143,26 +165,48 @@ class History:
                 "INSERT INTO contributions VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 [(r.round, *vars(c).values()) for c in r.contributions],
             )
-            self._insert_metrics(ROUND, r.round, r.metrics, r.unmeasured)
+            self._insert_metrics(ROUND, r.round, r.metrics, r.unmeasured, r.released)
+            self._insert_statements(statements)
             db.execute("DELETE FROM failures")  # overcome
 
     def record_final(
-        self, round_: int, metrics: dict[str, SiteMetrics], unmeasured: Mapping[str, str]
+        self,
+        round_: int,
+        metrics: dict[str, SiteMetrics],
+        unmeasured: Mapping[str, str],
+        released: Mapping[str, str] | None = None,
+        statements: Sequence[GivenStatement] = (),
     ) -> None:
-        """The metrics of the chosen model (that of `round_`), HD95 included."""
+        """The metrics of the chosen model (that of `round_`), HD95 included where it is told."""
         with self._transaction() as db:
-            db.execute("DELETE FROM metrics WHERE stage = ?", (FINAL,))
-            db.execute("DELETE FROM unmeasured WHERE stage = ?", (FINAL,))
-            self._insert_metrics(FINAL, round_, metrics, unmeasured)
+            for table in ("metrics", "unmeasured", "released", "statements"):
+                db.execute(f"DELETE FROM {table} WHERE stage = ?", (FINAL,))
+            db.execute("DELETE FROM final")
+            db.execute("INSERT INTO final VALUES (?)", (round_,))
+            self._insert_metrics(FINAL, round_, metrics, unmeasured, released or {})
+            self._insert_statements(statements)
             db.execute("DELETE FROM failures")
 
     def final(self) -> tuple[int, dict[str, SiteMetrics]] | None:
-        rows = self._read("SELECT round FROM metrics WHERE stage = ? LIMIT 1", FINAL)
+        """Which round's model was chosen, and its metrics; None before the end."""
+        rows = self._read("SELECT round FROM final")  # there may be no metrics at all
         return (rows[0][0], self._metrics(FINAL, rows[0][0])) if rows else None
 
     def final_unmeasured(self) -> dict[str, str]:
         """Why a site has no metrics of the chosen model, by site."""
         return dict(self._read("SELECT site, reason FROM unmeasured WHERE stage = ?", FINAL))
+
+    def final_released(self) -> dict[str, str]:
+        """Which sites reported other than exact metrics of the chosen model, and how."""
+        return dict(self._read("SELECT site, how FROM released WHERE stage = ?", FINAL))
+
+    def statements(self) -> list[GivenStatement]:
+        """What sites stated beside answers that counted, in the order in which it was recorded."""
+        rows = self._read("SELECT round, site, stage, text, signature FROM statements ORDER BY id")
+        return [
+            GivenStatement(number, site, stage, Signed(text, signature))
+            for number, site, stage, text, signature in rows
+        ]
 
     def record_failure(self, round_: int, reasons: Mapping[str, str]) -> None:
         """Why a round could not be completed; the round itself stays unrecorded."""
@@ -193,13 +237,8 @@ class History:
                 sha256,
                 contributions=self._contributions(number),
                 metrics=self._metrics(ROUND, number),
-                unmeasured=dict(
-                    self._read(
-                        "SELECT site, reason FROM unmeasured WHERE stage = ? AND round = ?",
-                        ROUND,
-                        number,
-                    )
-                ),
+                unmeasured=self._of_round("site, reason FROM unmeasured", number),
+                released=self._of_round("site, how FROM released", number),
             )
             for number, rate, seconds, loss, checkpoint, sha256 in rows
         ]
@@ -210,6 +249,7 @@ class History:
         round_: int,
         metrics: dict[str, SiteMetrics],
         unmeasured: Mapping[str, str],
+        released: Mapping[str, str],
     ) -> None:
         self._database.executemany(
             "INSERT INTO metrics VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -223,6 +263,19 @@ class History:
             "INSERT INTO unmeasured VALUES (?, ?, ?, ?)",
             [(stage, round_, site, reason) for site, reason in unmeasured.items()],
         )
+        self._database.executemany(
+            "INSERT INTO released VALUES (?, ?, ?, ?)",
+            [(stage, round_, site, how) for site, how in released.items()],
+        )
+
+    def _insert_statements(self, statements: Sequence[GivenStatement]) -> None:
+        self._database.executemany(
+            "INSERT INTO statements (round, site, stage, text, signature) VALUES (?, ?, ?, ?, ?)",
+            [(s.round, s.site, s.stage, s.signed.text, s.signed.signature) for s in statements],
+        )
+
+    def _of_round(self, columns: str, number: int) -> dict[str, str]:
+        return dict(self._read(f"SELECT {columns} WHERE stage = ? AND round = ?", ROUND, number))
 
     def _contributions(self, round_: int) -> tuple[Contribution, ...]:
         rows = self._read(

@@ -29,7 +29,7 @@ from server.attendance import Waiting
 from server.background import every
 from server.history import RoundRecord
 from server.link_grid import Contact
-from server.tables import number, round_table, site_table
+from server.tables import dice_text, number, round_table, site_table
 
 LOG = logging.getLogger("fedbrats")
 SECONDS_BETWEEN_LINES = 15.0
@@ -134,11 +134,7 @@ class Board:
             )
         done = f"{document['rounds_done']} of {self._rounds} rounds done"
         if self._last is not None:
-            worst_site, worst = self._last.worst
-            done += (
-                f"; Dice {self._last.mean_dice:.3f} (mean over sites), "
-                f"worst {worst:.3f} at {escape(worst_site)}"
-            )
+            done += f"; {dice_text(self._last)}"
         return Group(done, table, escape(_wait_text(self._waiting) if self._waiting else ""))
 
 

@@ -4,14 +4,13 @@ Works over any Flower `Grid`. Replies are taken in the order of site names, one 
 the result does not depend on who was fast and memory not on how many they are. A round counts only
 if enough sites gave a good reply; otherwise it is tried again or the run fails, and says who is
 missing. Who takes part is asked anew before every round (`attend`); a simulation answers with the
-same roll each time, a real federation with whoever is there (`server.attendance`).
+same roll each time, a real federation with whoever is there (`server.attendance`). A site may withhold
+its metrics or release them with noise: that is a good reply, with less to record.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,12 +19,11 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from common.config import FederationConfig
-from common.console import plain
 from common.messages import (
+    EXACT,
+    WITHHELD,
     EvaluateTask,
-    SiteCard,
     SiteReport,
-    SiteUpdate,
     TrainTask,
     pack_evaluate_task,
     pack_train_task,
@@ -33,20 +31,34 @@ from common.messages import (
     unpack_site_update,
     weight_bytes,
 )
-from common.metrics import SiteMetrics, mean_dice
-from common.model import initial_weights
-from common.weights import BadWeights, Weights, check_update, relative_change, save_weights
-from server.average import WeightedSum, add, mean
-from server.checkpoint import RunFolder, load_checkpoint, prune_checkpoints, save_checkpoint
+from common.metrics import SiteMetrics
+from common.weights import Weights, save_weights
+from server.average import WeightedSum, add, mean, moving
+from server.beginning import beginning
+from server.checkpoint import (
+    RunFolder,
+    load_checkpoint,
+    load_to_continue,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from server.comparison import best_rounds, comparable_losses
 from server.exchange import answers
-from server.history import Contribution, History, RoundRecord
+from server.history import (
+    FINAL,
+    METRICS,
+    TRAINING,
+    Contribution,
+    GivenStatement,
+    History,
+    RoundRecord,
+)
+from server.replies import refuse_report, refuse_update
 from server.roll_call import FederationFailed, Roll, call_roll, same_run
 from server.schedule import learning_rate, should_stop
 
 LOG = logging.getLogger("fedbrats")
-LARGEST = 1e9  # of a reported loss, time or distance
-MOST_METRICS = 200
+WITHHOLDS = "it withholds its metrics, by its own choice."
 
 
 def run_rounds(
@@ -71,6 +83,7 @@ def run_rounds(
     Raises:
         FederationFailed: sites are missing or disagree, or a round had too few good replies.
         BadWeights: the checkpoint to continue from is damaged.
+        ConfigError: the weights to begin with cannot be used.
     """
     with History(folder.history) as history:
         if attend is None:
@@ -81,19 +94,15 @@ def run_rounds(
             return roll if attend is None else attend(history, number)
 
         done = history.rounds()
-        if done:
-            weights = load_checkpoint(folder, done[-1].round, done[-1].sha256)
-            LOG.info(f"continuing after round {done[-1].round}")
-        else:
-            weights = initial_weights(config)
+        models = _begin(config, folder, history, done)
         failed = 0
         losses = comparable_losses(done)
         while len(done) < config.rounds.number and not should_stop(losses, config.rounds):
             rate = learning_rate(config.training.learning_rate, losses, config.rounds)
             number = len(done) + 1
             try:
-                weights, record = _one_round(
-                    grid, config, folder, present(number), number, rate, weights
+                models, record, statements = _one_round(
+                    grid, config, folder, present(number), number, rate, models
                 )
             except _TooFew as few:
                 history.record_failure(number, few.reasons)
@@ -103,7 +112,8 @@ def run_rounds(
                 LOG.warning(f"{few.text()}\nTrying round {number} again ({failed + 1}/{attempts}).")
                 continue
             failed = 0
-            history.record_round(record)
+            history.record_round(record, statements)
+            _tell_who_withholds(record, done)
             done.append(record)
             losses = comparable_losses(done)
             best_mean, best_worst = best_rounds(done)
@@ -111,6 +121,32 @@ def run_rounds(
             on_round(record)
         if history.final() is None:
             _finish(grid, config, folder, present, history, done, attempts)
+
+
+@dataclass(frozen=True)
+class _Models:
+    """Training continues from `raw`. With `rounds.average_decay` the moving average is measured and
+    kept instead of it; None before the first round."""
+
+    raw: Weights
+    average: Weights | None
+
+
+def _begin(
+    config: FederationConfig, folder: RunFolder, history: History, done: list[RoundRecord]
+) -> _Models:
+    if not done:
+        first = beginning(config)
+        if first.sha256 != history.noted("init_from"):
+            history.note("init_from", first.sha256)
+        if first.sha256 is not None:
+            LOG.info(f"beginning from {config.server.init_from}, sha256 {first.sha256}")
+        return _Models(first.weights, None)
+    if config.server.init_from is not None and history.noted("init_from") is None:
+        LOG.warning("server.init_from is not read: round 1 is done, and began without it")
+    average, raw = load_to_continue(folder, done[-1].round, done[-1].sha256)
+    LOG.info(f"continuing after round {done[-1].round}")
+    return _Models(raw, average)
 
 
 @dataclass
@@ -137,19 +173,23 @@ def _one_round(
     roll: Roll,
     number: int,
     rate: float,
-    weights: Weights,
-) -> tuple[Weights, RoundRecord]:
+    models: _Models,
+) -> tuple[_Models, RoundRecord, list[GivenStatement]]:
     begin = time.monotonic()
+    weights, decay = models.raw, config.rounds.average_decay
     task = TrainTask(number, config.fingerprint(), rate, weights)
     running: WeightedSum | None = None
+    statements: list[GivenStatement] = []
 
     def take(site: str, content: RecordDict) -> Contribution | str:
         """Add an update to the sum and forget it: it is a whole model."""
         nonlocal running
         update = unpack_site_update(content, since=weights)
-        if reason := _refuse(update, roll.cards[site], task, config.rounds.max_change):
+        if reason := refuse_update(update, roll.cards[site], task, config.rounds.max_change):
             return reason
         running = add(running, update.weights, update.n_training)
+        if update.statement is not None:
+            statements.append(GivenStatement(number, site, TRAINING, update.statement))
         return Contribution(
             site,
             trained=True,
@@ -173,21 +213,34 @@ def _one_round(
     missing = {c.site: c.reason for c in contributions if not c.trained}
     _enough(config, number, "train", len(contributions), missing)
     assert running is not None
-    averaged = mean(running, like=weights)
-    metrics, unmeasured = _evaluate(grid, config, roll, number, averaged, surface_distances=False)
-    checkpoint, digest = save_checkpoint(folder, number, averaged)
+    raw = kept = mean(running, like=weights)
+    if decay and models.average is not None:
+        kept = moving(models.average, raw, decay)
+    measured = _evaluate(grid, config, roll, number, kept, surface_distances=False)
+    checkpoint, digest = save_checkpoint(folder, number, kept, None if kept is raw else raw)
     record = RoundRecord(
         round=number,
         learning_rate=rate,
         seconds=time.monotonic() - begin,
-        loss=_pooled(metrics, "loss"),
+        loss=_pooled(measured.metrics, "loss"),
         checkpoint=checkpoint,
         sha256=digest,
         contributions=tuple(contributions),
-        metrics=metrics,
-        unmeasured={**roll.absent_evaluators, **unmeasured},
+        metrics=measured.metrics,
+        unmeasured={**roll.absent_evaluators, **measured.unmeasured},
+        released=measured.released,
     )
-    return averaged, record
+    return _Models(raw, kept), record, statements + measured.statements
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What the sites report about a model, as in `RoundRecord`."""
+
+    metrics: dict[str, SiteMetrics]
+    unmeasured: dict[str, str]
+    released: dict[str, str]
+    statements: list[GivenStatement]
 
 
 def _evaluate(
@@ -198,29 +251,45 @@ def _evaluate(
     weights: Weights,
     *,
     surface_distances: bool,
-) -> tuple[dict[str, SiteMetrics], dict[str, str]]:
-    """The metrics by site, and why there are none by each site that gave none."""
+) -> _Measured:
     task = EvaluateTask(number, config.fingerprint(), surface_distances, weights)
     content = pack_evaluate_task(task)
     messages = _messages(content, MessageType.EVALUATE, roll.evaluating, roll, config)
-    metrics: dict[str, SiteMetrics] = {}
+    measured = _Measured({}, {}, {}, [])
     # who is absent from a round is among its contributions already; the end has none
     missing = {**roll.absent, **roll.absent_evaluators} if surface_distances else {}
     asked = len(roll.evaluating) + len(missing)
 
-    def take(site: str, content: RecordDict) -> SiteMetrics | str:
+    def take(site: str, content: RecordDict) -> SiteReport | str:
         report = unpack_site_report(content)
-        return _refuse_report(report, roll.cards[site], number) or report.metrics
+        return refuse_report(report, roll.cards[site], number) or report
 
     for site, answer in answers(grid, messages, take):
         if isinstance(answer, str):
             missing[site] = answer
+            continue
+        if answer.released != EXACT:
+            measured.released[site] = answer.released
+        if answer.released == WITHHELD:
+            measured.unmeasured[site] = WITHHOLDS
         else:
-            metrics[site] = answer
+            measured.metrics[site] = answer.metrics
+        if answer.statement is not None:
+            stage = FINAL if surface_distances else METRICS
+            measured.statements.append(GivenStatement(number, site, stage, answer.statement))
     for site, reason in missing.items():
         LOG.warning(f"round {number}: {site} did not evaluate: {reason}")
     _enough(config, number, "evaluate", asked, missing)
-    return metrics, missing
+    measured.unmeasured.update(missing)
+    return measured
+
+
+def _tell_who_withholds(record: RoundRecord, before: list[RoundRecord]) -> None:
+    """Once a run: it is no failure, but nobody shall wonder where the numbers are."""
+    known = {site for r in before for site, how in r.released.items() if how == WITHHELD}
+    for site, how in record.released.items():
+        if how == WITHHELD and site not in known:
+            LOG.info(f"{site} withholds its metrics, by its own choice")
 
 
 def _messages(
@@ -245,7 +314,7 @@ def _finish(
     for attempt in range(1, attempts + 1):
         try:
             roll = present(best_mean.round)
-            metrics, unmeasured = _evaluate(
+            measured = _evaluate(
                 grid, config, roll, best_mean.round, chosen, surface_distances=True
             )
             break
@@ -259,50 +328,13 @@ def _finish(
     save_weights(folder.model, chosen, {**about, "round": best_mean.round})
     worst = load_checkpoint(folder, best_worst.round, best_worst.sha256)
     save_weights(folder.model_worst_site, worst, {**about, "round": best_worst.round})
-    history.record_final(best_mean.round, metrics, unmeasured)
-
-
-def _refuse(update: SiteUpdate, card: SiteCard, task: TrainTask, max_change: float) -> str:
-    """Why an update cannot be averaged; empty if it can."""
-    if (update.site, update.round) != (card.site, task.round):
-        return f"its update is from {update.site} for round {update.round}."
-    if update.n_training != card.n_training:
-        return f"it trained on {update.n_training} subjects but announced {card.n_training}."
-    told = update.loss, update.seconds, update.samples_per_second
-    if not all(x is None or abs(x) <= LARGEST for x in told):
-        return "its training loss, time or throughput is not a possible number."
-    try:
-        check_update(update.weights, task.weights)
-    except BadWeights as error:
-        return str(error)
-    change = relative_change(update.weights, task.weights)
-    if not change <= max_change:
-        return f"its change is {change:.3g} times as large as the model (limit: {max_change:g})."
-    return ""
-
-
-def _refuse_report(report: SiteReport, card: SiteCard, number: int) -> str:
-    """Why a report cannot be used; empty if it can. A NaN mean is only an undefined one."""
-    metrics = report.metrics
-    if (report.site, report.round) != (card.site, number):
-        return f"its report is from {report.site} for round {report.round}."
-    if metrics.n != card.n_held_out:
-        return f"it evaluated {metrics.n} subjects but announced {card.n_held_out}."
-    if not abs(metrics.means.get("loss", math.nan)) <= LARGEST:
-        return "its validation loss is not a possible number."
-    impossible = [name for name, mean in metrics.means.items() if not _possible(name, mean)]
-    if len(metrics.means) > MOST_METRICS or impossible or not 0 <= mean_dice(metrics) <= 1:
-        return f"its metrics are missing or not possible ({plain(', '.join(impossible), 80)})."
-    return ""
-
-
-def _possible(name: str, mean: float) -> bool:
-    if not re.fullmatch(r"[A-Za-z0-9_/-]{1,40}", name):
-        return False
-    if math.isnan(mean):
-        return True  # undefined for every subject
-    largest = LARGEST if name == "loss" or name.startswith("hd95/") else 1.0
-    return (-largest if name == "loss" else 0.0) <= mean <= largest
+    history.record_final(
+        best_mean.round,
+        measured.metrics,
+        measured.unmeasured,
+        measured.released,
+        measured.statements,
+    )
 
 
 def _enough(
@@ -317,7 +349,7 @@ def _enough(
         raise _TooFew(number, stage, needed, good, missing)
 
 
-def _pooled(metrics: dict[str, SiteMetrics], key: str) -> float:
-    """Mean over all sites' subjects of a metric that every subject has."""
-    total = sum(m.means[key] * m.n for m in metrics.values())
-    return total / sum(m.n for m in metrics.values())
+def _pooled(metrics: dict[str, SiteMetrics], key: str) -> float | None:
+    """Mean of a metric that every subject has, over all subjects of the sites that tell it."""
+    told = [m for m in metrics.values() if key in m.means]
+    return sum(m.means[key] * m.n for m in told) / sum(m.n for m in told) if told else None

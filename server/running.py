@@ -47,9 +47,9 @@ def start(folder: Folder) -> None:
         finally:
             _print_verdict(coordinator.run)
         with History(RunFolder(coordinator.run).history) as history:
-            final = history.final()
+            final, released = history.final(), history.final_released()
         if final is not None:
-            standard_output().print(final_table(*final))
+            standard_output().print(final_table(*final, released))
         print(f"Export the model: fed-server export {folder} OUT")
         if not judged.complete:
             raise typer.Exit(FAILED)

@@ -25,6 +25,7 @@ from common.wire import encode
 from server import enrolment
 from server.attendance import Attendance, note_terms
 from server.background import every
+from server.beginning import anchored, beginning
 from server.certificates import read_certificate
 from server.checkpoint import RunFolder
 from server.coordinator import CoordinatorFolder, host_and_port, terms
@@ -64,7 +65,7 @@ def start(folder: CoordinatorFolder) -> Verdict:
     _allow_many_files()
     with locked(folder.lock), _stopping():
         stated = terms(folder)
-        config = stated.config
+        config = anchored(stated.config, folder.path)
         _require_certificate(folder, config.server.address)
         run = RunFolder(folder.run)
         run.path.mkdir(exist_ok=True)
@@ -73,6 +74,8 @@ def start(folder: CoordinatorFolder) -> Verdict:
             if not done:  # else the terms of the model stay those that it was trained under
                 note_terms(history, stated)
             before = len(history.rounds())
+        if not done and not before:
+            beginning(config)  # what is wrong with its file is said now, not after the wait
         if done:
             LOG.info("the federation is complete; there is nothing left to do")
             return _write_results(run)

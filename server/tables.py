@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from common.messages import NOISED, WITHHELD
 from common.metrics import REGIONS, SiteMetrics, mean_dice
 from server.history import History, RoundRecord
 
@@ -22,6 +23,8 @@ class Verdict:
 
     `absent` lists every (round, site, reason) in which a site that should have trained or evaluated
     did not; `stopped` lists the same for the round at which a run that is not complete stopped.
+    `withheld` and `noised` name the sites that, by their own choice, ever released no metrics or
+    none without noise: that is no absence.
     """
 
     complete: bool
@@ -29,6 +32,8 @@ class Verdict:
     contributed: dict[str, tuple[int, ...]]
     absent: tuple[tuple[int, str, str], ...]
     stopped: tuple[tuple[int, str, str], ...] = ()
+    withheld: tuple[str, ...] = ()
+    noised: tuple[str, ...] = ()
 
     @property
     def everyone(self) -> bool:
@@ -42,6 +47,8 @@ class Verdict:
             if rounds and len(rounds) == self.rounds:
                 share = "every round"
             lines.append(f"  {site} contributed to {share}.")
+        lines += [f"  {site} withholds its metrics." for site in self.withheld]
+        lines += [f"  {site} releases its metrics with noise." for site in self.noised]
         lines += [f"  Round {n}: without {site}: {why}" for n, site, why in self.absent]
         lines += [f"  Round {n} failed: {site}: {why}" for n, site, why in self.stopped]
         return lines
@@ -61,13 +68,32 @@ def verdict(history: History) -> Verdict:
     absent = []
     for r in records:
         absent += [(r.round, c.site, c.reason) for c in r.contributions if not c.trained]
-        absent += [(r.round, s, f"not evaluated: {why}") for s, why in r.unmeasured.items()]
+        unmeasured = _absent(r.unmeasured, r.released)
+        absent += [(r.round, s, f"not evaluated: {why}") for s, why in unmeasured]
     final = history.final()
+    ways = [r.released for r in records]
     if final is not None:
-        unmeasured = history.final_unmeasured().items()
+        ways.append(history.final_released())
+        unmeasured = _absent(history.final_unmeasured(), ways[-1])
         absent += [(final[0], s, f"final model not evaluated: {why}") for s, why in unmeasured]
-    stopped = tuple(history.failures())
-    return Verdict(final is not None, len(records), contributed, tuple(absent), stopped)
+    withheld, noised = (
+        tuple(sorted({site for way in ways for site, how in way.items() if how == chosen}))
+        for chosen in (WITHHELD, NOISED)
+    )
+    return Verdict(
+        final is not None,
+        len(records),
+        contributed,
+        tuple(absent),
+        tuple(history.failures()),
+        withheld,
+        noised,
+    )
+
+
+def _absent(unmeasured: Mapping[str, str], released: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Without those that did report, and tell no metrics by their own choice."""
+    return [(site, why) for site, why in unmeasured.items() if released.get(site) != WITHHELD]
 
 
 def spans(numbers: Sequence[int]) -> str:
@@ -82,10 +108,9 @@ def spans(numbers: Sequence[int]) -> str:
 
 
 def round_table(record: RoundRecord) -> Group:
-    worst_site, worst = record.worst
     table = site_table(["train loss", *_headings("Dice"), *_headings("IoU"), "n", "s"])
     contributions = {c.site: c for c in record.contributions}
-    for site in sorted(contributions.keys() | record.metrics.keys()):
+    for site in sorted(contributions.keys() | record.metrics.keys() | record.released.keys()):
         c = contributions.get(site)
         m = record.metrics.get(site)
         table.add_row(
@@ -93,15 +118,28 @@ def round_table(record: RoundRecord) -> Group:
             ("-" if c is None else number(c.train_loss) if c.trained else "absent"),
             *_cells(m, "dice"),
             *_cells(m, "iou"),
-            str(m.n) if m else "0",
+            _count(m, record.released.get(site)),
             number(c.seconds, 1) if c else "-",
         )
+    loss = "" if record.loss is None else f"validation loss {record.loss:.3f}, "
     return Group(
-        f"Round {record.round}: Dice {record.mean_dice:.3f} (mean over sites), "
-        f"worst {worst:.3f} at {escape(worst_site)}, validation loss {record.loss:.3f}, "
-        f"{record.seconds:.1f} s",
+        f"Round {record.round}: {dice_text(record)}, {loss}{record.seconds:.1f} s",
         table,
     )
+
+
+def dice_text(record: RoundRecord) -> str:
+    """A round's headline figures, for rich."""
+    if record.mean_dice is None or record.worst is None:
+        return "no site releases its metrics"
+    site, worst = record.worst
+    return f"Dice {record.mean_dice:.3f} (mean over sites), worst {worst:.3f} at {escape(site)}"
+
+
+def _count(metrics: SiteMetrics | None, released: str | None) -> str:
+    """How many subjects metrics are over, and whether they are what was measured."""
+    count = str(metrics.n) if metrics else ""
+    return " ".join(filter(None, (count, released))) or "0"
 
 
 def site_table(headings: Sequence[str]) -> Table:
@@ -112,15 +150,20 @@ def site_table(headings: Sequence[str]) -> Table:
     return table
 
 
-def final_table(round_: int, metrics: dict[str, SiteMetrics]) -> Group:
+def final_table(
+    round_: int, metrics: dict[str, SiteMetrics], released: Mapping[str, str] | None = None
+) -> Group:
+    """`released` says which sites report other than exact metrics, and how."""
+    released = released or {}
     table = site_table([*_headings("Dice"), *_headings("IoU"), *_headings("HD95"), "n"])
-    for site, m in metrics.items():
+    for site in sorted(metrics.keys() | released.keys()):
+        m = metrics.get(site)
         table.add_row(
             escape(site),
             *_cells(m, "dice"),
             *_cells(m, "iou"),
-            *(number(m.means.get(f"hd95/{region}"), 1) for region in REGIONS),
-            str(m.n),
+            *_cells(m, "hd95", 1),
+            _count(m, released.get(site)),
         )
     table.add_section()
     n = sum(m.n for m in metrics.values())
@@ -161,8 +204,8 @@ def results_document(history: History) -> dict[str, Any]:
             {
                 **asdict(r),
                 "mean_dice": r.mean_dice,
-                "worst_site": r.worst[0],
-                "worst_dice": r.worst[1],
+                "worst_site": r.worst and r.worst[0],
+                "worst_dice": r.worst and r.worst[1],
                 "metrics": _without_nan(r.metrics),
             }
             for r in history.rounds()
@@ -172,6 +215,7 @@ def results_document(history: History) -> dict[str, Any]:
             "round": final[0],
             "mean_dice": {site: mean_dice(m) for site, m in final[1].items()},
             "metrics": _without_nan(final[1]),
+            "released": history.final_released(),
         },
     }
 
@@ -197,8 +241,9 @@ def _headings(metric: str) -> list[str]:
     return [f"{metric} {region}" for region in REGIONS]
 
 
-def _cells(metrics: SiteMetrics | None, key: str) -> list[str]:
-    return [number(metrics.means.get(f"{key}/{region}") if metrics else None) for region in REGIONS]
+def _cells(metrics: SiteMetrics | None, key: str, digits: int = 3) -> list[str]:
+    means = metrics.means if metrics else {}
+    return [number(means.get(f"{key}/{region}"), digits) for region in REGIONS]
 
 
 def _without_nan(metrics: dict[str, SiteMetrics]) -> dict[str, Any]:

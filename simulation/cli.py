@@ -205,7 +205,7 @@ def results(
                 console.print(round_table(record))
             final = history.final()
             if final is not None:
-                console.print(final_table(*final))
+                console.print(final_table(*final, history.final_released()))
             for subject in end.get("data", {}).get("left_out", ()):
                 print(f"Left out, unusable: {subject} (fed-client check says why).")
             print("\n".join(verdict(history).lines()))
@@ -231,16 +231,16 @@ def _print_result(result: Result) -> None:
 
     console = standard_output()
     with History(result.folder.history) as history:
-        final = history.final()
+        final, released = history.final(), history.final_released()
     if final is not None:
-        console.print(final_table(*final))
+        console.print(final_table(*final, released))
     if result.threshold is not None:
         t = result.threshold
         console.print(
             "Naive FLAIR threshold on the same subjects: whole-tumour Dice "
             f"{t.mean_over_sites:.3f} (mean over sites), {t.mean_over_subjects:.3f} (over subjects)."
         )
-        if final is not None:
+        if final is not None and final[1]:
             alike, pooled = (average(final[1], "dice/WT", by_subject=by) for by in (False, True))
             console.print(f"The model: {alike:.3f} and {pooled:.3f}.")
     for subject in result.cohort.unmapped:

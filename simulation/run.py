@@ -20,6 +20,7 @@ from common.files import locked, write_text_atomically
 from common.model import network_for
 from common.precision import autocast_dtype
 from server.app import app as server_app
+from server.beginning import anchored, beginning
 from server.checkpoint import RunFolder
 from server.history import History
 from server.roll_call import FederationFailed
@@ -58,7 +59,8 @@ def simulate(
     """Run the federation, or continue it where it was interrupted.
 
     Raises:
-        ConfigError: `out` holds a run with another configuration, or something else.
+        ConfigError: `out` holds a run with another configuration, or something else; or the weights
+            to begin with cannot be used.
         AlreadyInUse: another process is running in `out`.
         UnusableData, SplitError, CacheError, FederationFailed, BadWeights: as their modules say.
         RayMissing: the engine is not installed.
@@ -66,7 +68,9 @@ def simulate(
     if engine.name == "ray":
         require_ray()
     _require_buildable(config)
-    config = _with_threads(config, out, engine)
+    config = anchored(_with_threads(config, out, engine), Path.cwd())
+    if not _has_begun(RunFolder(out)):
+        beginning(config)  # what is wrong with its file is said before hours go into preparing data
     with claimed(out, config) as folder:
         cohort = assemble(data, config, cache or out / "cache")
         for site in cohort.sites:
@@ -143,17 +147,23 @@ def claimed(out: Path, config: FederationConfig) -> Iterator[RunFolder]:
 
 
 def _settle_config(folder: RunFolder, config: FederationConfig) -> None:
-    if folder.config.exists() and folder.history.exists():
-        with History(folder.history) as history:
-            begun = bool(history.rounds())
+    if _has_begun(folder):
         before = load_config(folder.config)
-        if begun and before != config:
+        if before != config:
             changed = ", ".join(_differences(before.model_dump(), config.model_dump()))
             raise ConfigError(
                 f"{folder.path} holds rounds of another configuration (differs in: {changed}). "
                 "Choose another --out, or use the same configuration to continue it."
             )
     write_text_atomically(folder.config, dump_config(config))
+
+
+def _has_begun(folder: RunFolder) -> bool:
+    """Has a round been completed?"""
+    if not folder.config.exists() or not folder.history.exists():
+        return False
+    with History(folder.history) as history:
+        return bool(history.rounds())
 
 
 def run_engine(engine: Engine, folder: RunFolder, cohort: Cohort, config: FederationConfig) -> None:

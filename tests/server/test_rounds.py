@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,15 +15,18 @@ import torch
 from flwr.app import Array, ArrayRecord, RecordDict
 from flwr.app.error import Error
 
-from common.messages import SiteReport, SiteUpdate, pack_site_update
+from common.config_file import ConfigError
+from common.messages import NOISED, WITHHELD, SiteReport, SiteUpdate, pack_site_update
 from common.metrics import SiteMetrics, mean_dice
 from common.model import initial_weights
-from common.weights import BadWeights, Weights, load_weights
+from common.statement import Signed, Statement
+from common.weights import BadWeights, Weights, file_sha256, load_weights, save_weights
 from common.wire import encode, encode_change
-from server.checkpoint import load_checkpoint
-from server.history import History
+from server.checkpoint import load_checkpoint, load_to_continue
+from server.history import FINAL as AT_THE_END
+from server.history import METRICS, TRAINING, History
 from server.roll_call import FederationFailed, Roll
-from server.tables import verdict
+from server.tables import results_json, verdict
 from tests.server.conftest import EVALUATE, FINAL, TRAIN, measured, trained
 
 
@@ -143,6 +147,13 @@ def changed_by(update: SiteUpdate, factor: float) -> SiteUpdate:
     return replace(update, weights=weights)
 
 
+def stating(answer: Any, **changes: Any) -> Any:
+    """The update or report with a privacy statement of its own site and round, except for `changes`."""
+    about = {"site": answer.site, "round": answer.round, "private": True, "metrics": "exact"}
+    stated = Statement("3f" * 16, code="c0de", at="2026-11-25", **about | changes)
+    return replace(answer, statement=Signed(stated.text(), b"a signature"))
+
+
 BAD_UPDATES: dict[str, tuple[Callable[[SiteUpdate], Any], str]] = {
     "error": (lambda u: "CUDA out of memory", "CUDA out of memory"),
     "error without reason": (lambda u: Error(code=3), "failed without a reason"),
@@ -157,6 +168,12 @@ BAD_UPDATES: dict[str, tuple[Callable[[SiteUpdate], Any], str]] = {
     "NaN loss": (lambda u: replace(u, loss=math.nan), "loss"),
     "infinite loss": (lambda u: replace(u, loss=math.inf), "loss"),
     "infinite time": (lambda u: replace(u, seconds=math.inf), "time"),
+    "statement of another site": (
+        lambda u: stating(u, site="a"),
+        "its privacy statement is from a for round",
+    ),
+    "statement of another round": (lambda u: stating(u, round=99), "for round 99"),
+    "no statement": (lambda u: replace(u, statement=Signed("{}")), "privacy statement"),
     "empty": (lambda u: RecordDict(), "no ConfigRecord"),
     "garbled": (garbled, "cannot be decoded"),
     "huge": (lambda u: changed_by(u, 1e6), "times as large as the model (limit: 100)"),
@@ -233,6 +250,17 @@ def with_n(report: SiteReport, n: int) -> SiteReport:
     return replace(report, metrics=SiteMetrics(n, report.metrics.means, defined))
 
 
+def noised(report: SiteReport) -> SiteReport:
+    means = {key: v for key, v in report.metrics.means.items() if key.startswith("dice/")}
+    metrics = SiteMetrics(report.metrics.n, means, report.metrics.defined)
+    return replace(report, metrics=metrics, released=NOISED, seconds=None)
+
+
+def withheld(report: SiteReport) -> SiteReport:
+    metrics = SiteMetrics(report.metrics.n, {}, {})
+    return replace(report, metrics=metrics, released=WITHHELD, seconds=None)
+
+
 BAD_REPORTS: dict[str, tuple[Callable[[SiteReport], Any], str]] = {
     "error": (lambda r: "CUDA out of memory", "CUDA out of memory"),
     "NaN loss": (lambda r: with_means(r, loss=math.nan), "validation loss"),
@@ -245,6 +273,19 @@ BAD_REPORTS: dict[str, tuple[Callable[[SiteReport], Any], str]] = {
     "another site": (lambda r: replace(r, site="a"), "from a for round"),
     "another round": (lambda r: replace(r, round=9), "for round 9"),
     "empty": (lambda r: RecordDict(), "no ConfigRecord"),
+    "noised and more": (lambda r: replace(r, released=NOISED), "noised metrics are not dice/ET"),
+    "noised, too few": (lambda r: without(noised(r), "dice/ET"), "noised metrics are not dice/ET"),
+    "noised above 1": (lambda r: with_means(noised(r), dice__WT=1.01), "between 0 and 1"),
+    "noised below 0": (lambda r: with_means(noised(r), dice__WT=-0.01), "between 0 and 1"),
+    "noised NaN": (lambda r: with_means(noised(r), dice__TC=math.nan), "between 0 and 1"),
+    "noised, other subjects": (lambda r: with_n(noised(r), 3), "3 subjects but announced 4"),
+    "withheld, other subjects": (lambda r: with_n(withheld(r), 3), "3 subjects but announced 4"),
+    "withheld, some told": (
+        lambda r: replace(r, released=WITHHELD),
+        "not released in one of the agreed ways",
+    ),
+    "statement of another site": (lambda r: stating(r, site="a"), "statement is from a for round"),
+    "statement of another round": (lambda r: stating(withheld(r), round=99), "for round 99"),
 }
 
 
@@ -317,6 +358,7 @@ def crash(answer: object) -> object:
 
 
 @pytest.mark.parametrize("updates", ["fp16", "fp32"])
+@pytest.mark.parametrize("decay", [0, 0.7])
 @pytest.mark.parametrize(
     ("task", "site", "number"),
     [
@@ -327,8 +369,11 @@ def crash(answer: object) -> object:
         (FINAL, "bb", None),
     ],
 )
-def test_a_restart_ends_as_if_nothing_had_happened(federation, task, site, number, updates):
-    assign = ("rounds.number=4", f"rounds.updates={updates}")
+def test_a_restart_ends_as_if_nothing_had_happened(federation, task, site, number, updates, decay):
+    assign = (
+        "rounds.number=4", f"rounds.updates={updates}", f"rounds.average_decay={decay}",
+        "training.learning_rate=0.5",
+    )  # fmt: skip
     whole = federation(*assign, folder="whole")
     whole.run()
     broken = federation(*assign, folder="broken")
@@ -978,3 +1023,218 @@ def test_decisions_after_a_restart_are_those_of_an_uninterrupted_run_whoever_was
     assert without_times(broken) == without_times(whole)
     assert saved_bytes(broken) == saved_bytes(whole)
     assert in_history(broken, verdict) == in_history(whole, verdict)
+
+
+# ------------------------------------------------------------- metrics that a site keeps or noises
+
+
+def for_all(federation, spoil: Callable[[SiteReport], SiteReport], *sites: str) -> None:
+    for site in sites:
+        for number in range(1, federation.config.rounds.number + 1):
+            federation.spoil[EVALUATE, site, number] = spoil
+            federation.spoil[FINAL, site, number] = spoil
+
+
+def strict(text: str) -> dict[str, Any]:
+    return json.loads(text, parse_constant=lambda name: pytest.fail(name))
+
+
+def test_when_every_site_withholds_its_metrics_the_last_round_is_chosen(federation, caplog):
+    f = federation("rounds.stop_patience=1", "rounds.plateau_patience=1")
+    for_all(f, withheld, *f.sites)
+    with caplog.at_level("INFO", "fedbrats"):
+        f.run()
+    assert "did not evaluate" not in caplog.text
+    for site in f.sites:
+        assert caplog.text.count(f"{site} withholds its metrics") == 1, "once a run"
+    records = f.rounds()
+    assert len(records) == 3, "nothing ends or slows the training without a loss"
+    assert [record.learning_rate for record in records] == [records[0].learning_rate] * 3
+    for record in records:
+        assert (record.loss, record.mean_dice, record.worst, record.metrics) == (None,) * 3 + ({},)
+        assert record.released == dict.fromkeys(f.sites, WITHHELD)
+        assert set(record.unmeasured) == set(f.sites)
+        assert all("withholds its metrics" in why for why in record.unmeasured.values())
+    for model in (f.folder.model, f.folder.model_worst_site):
+        assert load_weights(model)[1]["round"] == 3
+    assert in_history(f, lambda history: history.final()) == (3, {})
+    judged = in_history(f, verdict)
+    assert judged.complete
+    assert judged.everyone
+    assert judged.absent == ()
+    assert [line for line in judged.lines() if "withholds" in line] == [
+        f"  {site} withholds its metrics." for site in f.sites
+    ]
+    document = strict(in_history(f, results_json))
+    assert document["rounds"][0]["loss"] is document["rounds"][0]["worst_dice"] is None
+    f.asked.clear()
+    f.run()
+    assert {kind for kind, _, _ in f.asked} == {"query"}, "it is complete, without any metric"
+
+
+def test_the_round_is_chosen_by_the_sites_that_tell_and_the_loss_is_theirs(federation):
+    f = federation()
+    dices = {"a": (0.1, 0.2, 0.3), "bb": (0.9, 0.5, 0.1), "ccc": (0.5, 0.9, 0.8)}
+    losses = {"a": 9.0, "bb": 0.4, "ccc": 0.7}
+    ways = {"a": withheld, "bb": noised, "ccc": lambda report: report}
+    for site, way in ways.items():
+        for number, dice in enumerate(dices[site], start=1):
+            f.spoil[EVALUATE, site, number] = lambda r, site=site, dice=dice, way=way: way(
+                with_means(r, dice__WT=dice, dice__TC=dice, dice__ET=dice, loss=losses[site])
+            )
+    f.run()
+    records = f.rounds()
+    # mean of bb and ccc: 0.7, 0.7, 0.45; worst: 0.5, 0.5, 0.1
+    assert [record.mean_dice for record in records] == pytest.approx([0.7, 0.7, 0.45])
+    assert [record.loss for record in records] == [0.7] * 3, "that of ccc alone"
+    assert [sorted(record.metrics) for record in records] == [["bb", "ccc"]] * 3
+    assert records[0].released == {"a": WITHHELD, "bb": NOISED}
+    assert set(records[0].metrics["bb"].means) == {"dice/WT", "dice/TC", "dice/ET"}
+    assert load_weights(f.folder.model)[1]["round"] == 1
+    judged = in_history(f, verdict)
+    assert judged.everyone
+    assert (judged.withheld, judged.noised) == (("a",), ("bb",))
+
+
+def test_a_site_that_withholds_counts_and_one_that_is_missing_does_not(federation):
+    """Both have no metrics; only one of them did what was asked."""
+    f = federation("rounds.min_sites=2", "rounds.number=1")
+    for_all(f, withheld, "a")
+    f.spoil[EVALUATE, "bb", 1] = lambda report: "the machine is off"
+    f.run()
+    judged = in_history(f, verdict)
+    assert judged.absent == ((1, "bb", "not evaluated: the machine is off"),)
+    assert not judged.everyone
+    g = federation("rounds.min_sites=2", "rounds.number=1", folder="too few")
+    for_all(g, withheld, "a")
+    for site in ("bb", "ccc"):
+        g.spoil[EVALUATE, site, 1] = lambda report: "the machine is off"
+    with pytest.raises(FederationFailed, match="1 sites could evaluate, 2 are needed"):
+        g.run()
+
+
+def test_an_update_may_keep_its_loss_and_times(federation):
+    f = federation("rounds.number=1")
+    f.spoil[TRAIN, "bb", 1] = lambda u: replace(u, loss=None, seconds=None, samples_per_second=None)
+    f.run()
+    told = {c.site: (c.trained, c.train_loss, c.seconds) for c in f.rounds()[0].contributions}
+    assert told == {"a": (True, 0.25, 1.5), "bb": (True, None, None), "ccc": (True, 0.25, 1.5)}
+    assert in_history(f, verdict).everyone
+
+
+def test_statements_are_kept_as_they_came_with_the_round_they_are_of(federation):
+    f = federation("rounds.number=2")
+    sent = []
+
+    def keep(answer: Any) -> Any:
+        sent.append(stating(answer, epsilon=0.1 + len(sent)))
+        return sent[-1]
+
+    for number in (1, 2):
+        f.spoil[TRAIN, "a", number] = f.spoil[EVALUATE, "a", number] = keep
+        f.spoil[FINAL, "ccc", number] = keep
+    f.spoil[TRAIN, "ccc", 2] = lambda update: "the disk is full"
+    with pytest.raises(FederationFailed):
+        f.run()
+    kept = in_history(f, lambda history: history.statements())
+    assert [(g.round, g.site, g.stage) for g in kept] == [(1, "a", TRAINING), (1, "a", METRICS)]
+    assert [g.signed for g in kept] == [answer.statement for answer in sent[:2]]
+    del f.spoil[TRAIN, "ccc", 2], sent[2:]
+    f.run()
+    kept = in_history(f, lambda history: history.statements())
+    chosen = in_history(f, lambda history: history.final())[0]
+    assert [(g.round, g.site, g.stage) for g in kept] == [
+        (1, "a", TRAINING),
+        (1, "a", METRICS),
+        (2, "a", TRAINING),
+        (2, "a", METRICS),
+        (chosen, "ccc", AT_THE_END),
+    ]
+    assert [g.signed for g in kept] == [answer.statement for answer in sent]
+
+
+# ---------------------------------------------------------------- the average of the rounds' models
+
+
+def test_the_moving_average_is_measured_and_kept_and_training_goes_on_from_the_models(federation):
+    plain = federation("training.learning_rate=0.5", folder="plain")
+    models: list[Weights] = []
+    plain.run(lambda record: models.append(load_round(plain, record)))
+    f = federation("rounds.average_decay=0.75", "training.learning_rate=0.5")
+    pairs: list[tuple[Weights, Weights]] = []
+    f.run(lambda r: pairs.append(load_to_continue(f.folder, r.round, r.sha256)))
+    expected: Weights = {}
+    for number, (record, model, (kept, raw)) in enumerate(
+        zip(f.rounds(), models, pairs, strict=True)
+    ):
+        for name, tensor in model.items():
+            assert torch.equal(raw[name], tensor), "as without the average"
+            if number and tensor.is_floating_point():
+                expected[name] = 0.75 * expected[name] + 0.25 * tensor.double()
+            else:
+                expected[name] = tensor.double()
+            assert kept[name].dtype == tensor.dtype
+            np.testing.assert_allclose(kept[name], expected[name], rtol=1e-6, atol=1e-7)
+        assert record.metrics["a"].means == measured(kept, "a", 2, final=False).means
+    chosen, metrics = in_history(f, lambda history: history.final())
+    model, _ = load_weights(f.folder.model)
+    assert model.keys() == pairs[0][0].keys(), "the file that is given away holds one model"
+    assert all(torch.equal(model[name], pairs[chosen - 1][0][name]) for name in model)
+    assert metrics["a"].means["dice/WT"] == measured(model, "a", 2, final=True).means["dice/WT"]
+
+
+def test_without_a_decay_the_checkpoint_is_the_model_alone(federation):
+    f = federation("rounds.average_decay=0")
+    f.run()
+    for path in f.folder.path.glob("checkpoints/*"):
+        assert load_weights(path)[0].keys() == initial_weights(f.config).keys()
+
+
+# ----------------------------------------------------------------------- weights to begin with
+
+
+def begun_from(federation, path, folder: str = "run"):
+    return federation(f"server.init_from={path}", "rounds.number=2", folder=folder)
+
+
+def test_rounds_begin_from_the_given_weights_and_need_the_file_no_more_after_the_first(
+    federation, tmp_path
+):
+    path = tmp_path / "model.safetensors"
+    start = trained(initial_weights(federation().config), "elsewhere", 0, 0.1)
+    digest = save_weights(path, start, {})
+    f = begun_from(federation, path)
+    seen = {}
+    f.spoil[TRAIN, "a", 2] = crash
+    f.spoil[TRAIN, "a", 1] = lambda u: seen.setdefault("a", u)
+    with pytest.raises(KeyboardInterrupt):
+        f.run()
+    expected = trained(start, "a", 1, f.config.training.learning_rate)
+    assert all(torch.equal(seen["a"].weights[name], t) for name, t in expected.items())
+    assert in_history(f, lambda history: history.noted("init_from")) == digest == file_sha256(path)
+    path.unlink()
+    f.spoil.clear()
+    f.run()
+    assert in_history(f, verdict).complete
+    assert in_history(f, lambda history: history.noted("init_from")) == digest
+
+
+def test_weights_that_do_not_fit_are_refused_before_anybody_trains(federation, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_weights(path, dict([*initial_weights(federation().config).items()][1:]), {})
+    f = begun_from(federation, path)
+    with pytest.raises(ConfigError, match="the file lacks 1 tensors"):
+        f.run()
+    assert {kind for kind, _, _ in f.asked} <= {"query"}
+
+
+def test_a_run_without_given_weights_says_so_even_if_one_was_tried_with_some(federation, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_weights(path, trained(initial_weights(federation().config), "x", 0, 0.1), {})
+    f = begun_from(federation, path)
+    f.spoil[TRAIN, "a", 1] = crash
+    with pytest.raises(KeyboardInterrupt):
+        f.run()
+    f = federation("rounds.number=2")
+    f.run()
+    assert in_history(f, lambda history: history.noted("init_from")) is None
