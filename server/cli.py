@@ -251,6 +251,49 @@ def renew_certificate(
     print("A server that is running uses it from its next start on.")
 
 
+@app.command()
+def privacy_report(
+    folder: Folder,
+    as_json: AsJson = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Also write it as one HTML page.")
+    ] = None,
+) -> None:
+    """Show what each hospital states about its patients' privacy, and whether that fits together.
+
+    Exit code 0: shown, also if there are warnings. 1: there is nothing to show, or FILE cannot be
+    written. 2: wrong usage.
+    """
+    start_logging()
+    with _failing():
+        from common.files import write_text_atomically
+        from server.checkpoint import RunFolder
+        from server.coordinator import CoordinatorError, federation_id, load_coordinator
+        from server.enrolment import keys_of_all
+        from server.history import History
+        from server.privacy_report import privacy_document, report_page, report_table
+
+        if out is not None and not out.absolute().parent.is_dir():
+            raise typer.BadParameter(f"{out.parent} is no folder.", param_hint="--out")
+        coordinator = load_coordinator(folder)
+        run = RunFolder(coordinator.run)
+        if not run.history.exists():
+            raise CoordinatorError(
+                f"{folder}: no round is complete yet, so no site has stated any."
+            )
+        with History(run.history) as history:
+            keys = keys_of_all(coordinator.enrolled)
+            document = privacy_document(history, keys, federation_id(coordinator))
+        if out is not None:
+            write_text_atomically(out, report_page(document))
+    if as_json:
+        print(json.dumps(document, indent=1, allow_nan=False))
+        return
+    standard_output().print(report_table(document))
+    if out is not None:
+        print(f"Page: {out}")
+
+
 for command in (running.start, running.status, running.stop, running.export):
     app.command()(command)
 
@@ -296,8 +339,9 @@ def _foreseen() -> tuple[type[Exception], ...]:
     from server.certificates import CertificateError
     from server.coordinator import CoordinatorError
     from server.enrolment import EnrolmentError
+    from server.history import HistoryError
 
-    return (AlreadyInUse, BadKey, CertificateError, CoordinatorError, EnrolmentError)
+    return (AlreadyInUse, BadKey, CertificateError, CoordinatorError, EnrolmentError, HistoryError)
 
 
 def main() -> None:

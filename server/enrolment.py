@@ -139,6 +139,15 @@ def all_sites(path: Path) -> list[EnrolledSite]:
         return _read(database, last)
 
 
+def keys_of_all(path: Path) -> dict[str, list[ec.EllipticCurvePublicKey]]:
+    """Every key that each site was ever enrolled with, by name. Raises EnrolmentError."""
+    keys: dict[str, list[ec.EllipticCurvePublicKey]] = {}
+    with _open(path) as database:
+        for site in _read(database, "ORDER BY id"):
+            keys.setdefault(site.name, []).append(site.key())
+    return keys
+
+
 def _revoke(database: sqlite3.Connection, name: str, now: str) -> None:
     database.execute(
         "UPDATE enrolled SET revoked_at = ? WHERE name = ? COLLATE BINARY AND revoked_at IS NULL",

@@ -1,14 +1,16 @@
 """The finished model to give away: weights as safetensors, and a card that says what it is.
 
 The card (model-card.json and the same as text, MODEL-CARD.md) holds the configuration, the sites and
-how many subjects each trained and measured on, the metrics per site, and the hashes of weights,
-configuration and code. It holds no subject ids: the server does not know them.
+how many subjects each trained and measured on, the metrics per site as far as they are released, what
+the sites state about privacy, and the hashes of weights, configuration and code. It holds no subject
+ids: the server does not know them.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,21 +20,21 @@ from common.metrics import SiteMetrics, mean_dice
 from common.weights import load_weights, save_weights
 from server.checkpoint import RunFolder
 from server.coordinator import CoordinatorError, CoordinatorFolder, federation_id
-from server.history import History
+from server.enrolment import keys_of_all
+from server.history import History, RoundRecord
+from server.privacy_report import GOOD, privacy_document
 from server.tables import verdict
 
 LIMITS = (
     "For research; not a medical device.",
     (
-        "Trained without differential privacy and without secure aggregation: weights can reveal facts "
-        "about training subjects. Give it only to those who may know."
-    ),
-    "The round was chosen by Dice on the held-out subjects, so these figures are slightly optimistic.",
-    (
         "Metrics are means over each site's own held-out subjects, on their own grid, without "
         "post-processing."
     ),
 )
+NOBODY_CHOSE = "last round: no site releases its metrics"
+ROUNDS = "private_rounds", "rounds_without_privacy", "rounds_without_statement"
+PRIVACY = "epsilon", "delta", *ROUNDS, "signature", "warnings"  # of a site's statements
 
 
 def export_model(
@@ -50,7 +52,10 @@ def export_model(
         with History(run.history) as history:
             final, judged = history.final(), verdict(history)
             sites, noted = history.sites(), history.noted("terms")
-            records = history.rounds()
+            records, released = history.rounds(), history.final_released()
+            init_sha256 = history.noted("init_from")
+            keys = keys_of_all(folder.enrolled)
+            privacy = privacy_document(history, keys, federation_id(folder))["sites"]
     if final is None:
         raise CoordinatorError(
             f"{folder.path}: the federation is not complete, so there is no final model yet."
@@ -62,13 +67,20 @@ def export_model(
     number = about["round"]
     record = next(r for r in records if r.round == number)
     # the chosen model is measured once more, with HD95; the other one has its own round's figures
-    metrics = final[1] if final[0] == number else record.metrics
+    if final[0] == number:
+        metrics = final[1]
+    else:
+        metrics, released = record.metrics, record.released
+    chosen_by = "best worst site" if worst_site else "best mean Dice over sites"
+    if not any(r.metrics for r in records):
+        chosen_by = NOBODY_CHOSE
     card: dict[str, Any] = {
         "name": about["config"]["name"],  # type: ignore[index]
         "federation": federation_id(folder),
         "exported": datetime.now(UTC).isoformat(timespec="seconds"),
         "round": number,
-        "chosen_by": "best worst site" if worst_site else "best mean Dice over sites",
+        "chosen_by": chosen_by,
+        "began_from_sha256": init_sha256,
         "config": about["config"],
         "terms": noted,
         "sites": [
@@ -82,10 +94,12 @@ def export_model(
             for card in sites
         ],
         "absences": [list(absence) for absence in judged.absent],
+        "privacy": {s["site"]: {key: s[key] for key in PRIVACY} for s in privacy},
+        "released": released,
         "metrics": {site: _plain(m) for site, m in metrics.items()},
         "mean_dice": {site: _number(mean_dice(m)) for site, m in metrics.items()},
         "checkpoint_sha256": record.sha256,
-        "limits": list(LIMITS),
+        "limits": [*LIMITS, _how_chosen(records), _how_private(privacy)],
     }
     out.mkdir(parents=True, exist_ok=True)
     model = out / "model.safetensors"
@@ -96,6 +110,51 @@ def export_model(
     return model, text
 
 
+def _how_chosen(records: Sequence[RoundRecord]) -> str:
+    if not any(record.metrics for record in records):
+        return "This is the last round's model, chosen by nobody: no site releases its metrics."
+    ways = {site: how for record in records for site, how in record.released.items()}
+    own = "".join(f" {site}: {how}, by its own choice." for site, how in sorted(ways.items()))
+    return (
+        "The round was chosen by Dice on the held-out subjects"
+        + (" of the sites that release it" if ways else "")
+        + f", so these figures are slightly optimistic.{own}"
+    )
+
+
+def _how_private(sites: Sequence[Mapping[str, Any]]) -> str:
+    """Private is only who says so of every round that it trained, signed and without contradiction."""
+    trained = [s for s in sites if any(s[rounds] for rounds in ROUNDS)]
+    private = [
+        s
+        for s in trained
+        if s["signature"] == GOOD
+        and s["epsilon"] is not None
+        and not s["warnings"]
+        and not s["rounds_without_privacy"]
+    ]
+    if not private:
+        return (
+            "Trained without differential privacy and without secure aggregation: weights can "
+            "reveal facts about training subjects. Give it only to those who may know."
+        )
+    said = "; ".join(
+        f"{s['site']}: epsilon {s['epsilon']:.4g}, delta {s['delta']:.4g}" for s in private
+    )
+    text = (
+        "Trained without secure aggregation. Patient-level differential privacy, by each site's own "
+        f"statement and for its own patients: {said}."
+    )
+    others = [s["site"] for s in trained if s not in private]
+    if others:
+        text += (
+            " Without it in some or all rounds, or with statements that do not bear it out: "
+            f"{', '.join(others)}; weights can reveal facts about their training subjects. Give it "
+            "only to those who may know."
+        )
+    return text
+
+
 def _as_text(card: dict[str, Any]) -> str:
     rows = "\n".join(
         f"| {s['site']} | {s['training_subjects']} | {s['held_out_subjects']} | "
@@ -104,6 +163,10 @@ def _as_text(card: dict[str, Any]) -> str:
     )
     network = card["config"]["network"]
     limits = "\n".join(f"- {limit}" for limit in card["limits"])
+    began = card["began_from_sha256"]
+    beginning = f"- began from weights sha256 {began}\n" if began else ""
+    decay = card["config"]["rounds"].get("average_decay")
+    average = f"- moving average of the rounds' models, decay {decay:g}\n" if decay else ""
     return f"""\
 # {card["name"]}: brain-tumour segmentation model, round {card["round"]}
 
@@ -118,7 +181,7 @@ and all metrics are in model-card.json.
 - weights: sha256 {card["model_sha256"]}
 - code: {", then ".join(dict.fromkeys(t["terms"]["code_hash"] for t in card["terms"]))}
 - federation: {card["federation"]}
-
+{beginning}{average}
 ## Limits
 
 {limits}

@@ -147,7 +147,7 @@ def test_nothing_is_overwritten(folder, tmp_path):
 
 def test_a_federation_that_is_not_complete_has_no_model(folder, tmp_path):
     with History(RunFolder(folder.run).history) as history, history._transaction() as database:
-        database.execute("DELETE FROM metrics WHERE stage = 'final'")
+        database.execute("DELETE FROM final")
     with pytest.raises(CoordinatorError, match="not complete"):
         export_model(folder, tmp_path / "out")
     RunFolder(folder.run).history.unlink()
