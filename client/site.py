@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from client.site_config import PrivacyBudget
 from common.config import FederationConfig
 from common.config_file import load_config
 from common.files import write_text_atomically
@@ -22,7 +23,8 @@ from sites.finding import Finding
 @dataclass(frozen=True)
 class Site:
     """`left_out` maps a subject that cannot be used to the reason, `patients` every training and
-    held-out subject to the patient whose scan it is."""
+    held-out subject to the patient whose scan it is. `budget` is None where nothing protects the
+    patients; `ledger` is where spending is written, None where nobody keeps one."""
 
     name: str
     folder: Path
@@ -32,6 +34,14 @@ class Site:
     held_out: tuple[CachedSubject, ...]
     left_out: dict[str, str]
     patients: dict[str, str]
+    federation: str = ""
+    budget: PrivacyBudget | None = None
+    ledger: Path | None = None
+
+    @property
+    def anchor(self) -> Path:
+        """Where the site remembers how far its ledger went."""
+        return self.folder / "ledger-anchor.json"
 
 
 def write_site(
@@ -44,6 +54,9 @@ def write_site(
     held_out: Sequence[CachedSubject],
     findings: Sequence[Finding],
     patients: Mapping[str, str] | None = None,
+    federation: str = "",
+    budget: PrivacyBudget | None = None,
+    ledger: Path | None = None,
 ) -> None:
     """Write `site.json` and `federation.yaml` for `load_site`.
 
@@ -58,6 +71,9 @@ def write_site(
         "training": {entry.id: str(entry.folder) for entry in training},
         "held_out": {entry.id: str(entry.folder) for entry in held_out},
         "patients": {i: i if patients is None else patients[i] for i in ids},
+        "federation": federation,
+        "budget": budget and budget.model_dump(),
+        "ledger": ledger and str(ledger.absolute()),
         "left_out": {f.subject: f.what for f in findings if f.severity == "error"},
         "findings": [finding.as_dict() for finding in findings],
     }
@@ -82,4 +98,7 @@ def load_site(folder: Path) -> Site:
         held_out=tuple(load_entry(Path(p)) for p in manifest["held_out"].values()),
         left_out=manifest["left_out"],
         patients=manifest["patients"],
+        federation=manifest["federation"],
+        budget=PrivacyBudget(**manifest["budget"]) if manifest["budget"] else None,
+        ledger=Path(manifest["ledger"]) if manifest["ledger"] else None,
     )

@@ -7,11 +7,29 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, field_validator
 
 from common.config import Section
 from common.config_file import read_yaml, validated
+
+
+class PrivacyBudget(Section):
+    """What this site's patients may lose in all federations together: (epsilon, delta)."""
+
+    epsilon: PositiveFloat
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="null: 1/(10 N) for N training patients"
+    )
+    clip: PositiveFloat | None = Field(
+        None, description="largest norm of one patient's gradient; null: as the federation suggests"
+    )
+    metrics: Literal["withheld", "noised", "exact"] = Field(
+        "withheld",
+        description="results of held-out patients: never sent, sent with noise inside the budget, "
+        "or sent as they are, outside of it",
+    )
 
 
 class SiteConfig(Section):
@@ -27,6 +45,21 @@ class SiteConfig(Section):
     patience_hours: PositiveFloat = Field(
         24.0, description="how long join tries to reach the coordinator before it gives up"
     )
+
+    privacy: PrivacyBudget | Literal["off"] = Field(
+        "off",
+        description="off, or this site's budget for differential privacy, for example "
+        "{epsilon: 8, metrics: withheld}; see docs/privacy.md",
+    )
+    privacy_ledger: Path = Field(
+        Path("../privacy-ledger.sqlite"),
+        description="what was spent of the budget; one file for all of this site's folders",
+    )
+
+    @field_validator("privacy", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        return "off" if value is False else value  # as YAML reads a bare off
 
     @field_validator("device")
     @classmethod
@@ -44,5 +77,6 @@ def load_site_config(path: Path) -> SiteConfig:
     """
     config = validated(SiteConfig, read_yaml(path), str(path))
     folder = path.absolute().parent
-    resolved = {key: folder / getattr(config, key).expanduser() for key in ("data", "cache")}
+    paths = ("data", "cache", "privacy_ledger")
+    resolved = {key: folder / getattr(config, key).expanduser() for key in paths}
     return config.model_copy(update=resolved)

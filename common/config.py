@@ -161,6 +161,9 @@ class Privacy(Section):
     crops: PositiveInt = Field(
         1, description="augmented crops of each of a patient's scans, averaged before clipping"
     )
+    clip: PositiveFloat = Field(
+        1.0, description="largest norm of one patient's gradient, unless a site chooses another"
+    )
     optimiser: Literal["sgd", "adam"] = "sgd"
     learning_rate: PositiveFloat = Field(
         0.1, description="in place of training.learning_rate, and lowered with it"

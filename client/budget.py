@@ -1,0 +1,332 @@
+"""A site's privacy budget: how much noise a round needs, and whether it may happen at all.
+
+The budget belongs to the site and holds for every patient over all federations, with the spending
+that `client.ledger` knows. A federation can ask for less (`privacy.epsilon`), never for more. The
+noise is calibrated once for the rounds that are still planned and kept (a plan in the ledger); a
+round is paid for before its first gradient. What the noise does is `client.privacy`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from client.accounting import NotAffordable, Steps, accountant_name, epsilon, noise_multiplier
+from client.ledger import (
+    DONE,
+    METRICS,
+    PLAN,
+    SPENDS,
+    TRAINING,
+    UNPROTECTED,
+    Entry,
+    Ledger,
+    Patient,
+    identity,
+    open_ledger,
+)
+from client.site import Site
+from common.code_hash import code_hash
+from common.messages import EXACT
+from common.statement import Statement
+from sites.cache import CachedSubject
+
+LOG = logging.getLogger("fedbrats")
+
+
+class BudgetSpent(RuntimeError):
+    """The next round would exceed the budget; the text may be told to the server."""
+
+
+@dataclass(frozen=True)
+class Permit:
+    """One paid round: its noise, and the ledger's state with it. `patients` is their number."""
+
+    entry: Entry
+    patients: int
+    ledger: str  # the ledger's id
+
+    @property
+    def noise(self) -> Steps:
+        return _steps(self.entry)
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What a plan is calibrated for; another recipe is another plan."""
+
+    kind: str
+    rounds: int
+    sampling_rate: float
+    steps: int
+    clip: float
+    epsilon: float
+    cap: float | None
+    delta: float
+
+    def text(self) -> str:
+        return json.dumps(vars(self), sort_keys=True)
+
+
+def patients_of(site: Site, subjects: Sequence[CachedSubject]) -> dict[str, list[CachedSubject]]:
+    """Patient id -> all scans of that person among `subjects`; sorted."""
+    found: dict[str, list[CachedSubject]] = {}
+    for subject in sorted(subjects, key=lambda s: s.id):
+        found.setdefault(site.patients[subject.id], []).append(subject)
+    return dict(sorted(found.items()))
+
+
+def delta_of(site: Site) -> float:
+    """The site's choice, or 1/(10 N) for its N training patients (held-out ones if none trains)."""
+    assert site.budget is not None
+    if site.budget.delta is not None:
+        return site.budget.delta
+    return 1 / (10 * len(patients_of(site, site.training or site.held_out)))
+
+
+def pay_for_training(site: Site, round_: int) -> Permit:
+    """Write the round's spending into the ledger; only then may a gradient be computed.
+
+    Raises:
+        BudgetSpent: the round would exceed the budget. Nothing is written.
+        LedgerError: the ledger is missing, was tampered with, or cannot be written.
+    """
+    return _pay(site, TRAINING, round_, site.training, site.config.rounds.number - round_ + 1)
+
+
+def pay_for_metrics(site: Site, round_: int) -> Permit:
+    """The same for a release of noised metrics, one a round and one at the end."""
+    return _pay(site, METRICS, round_, site.held_out, site.config.rounds.number - round_ + 2)
+
+
+def may_train(site: Site) -> str:
+    """Why the site cannot pay for another round; empty if it can.
+
+    Raises:
+        LedgerError
+    """
+    recipe = _recipe(site, TRAINING)
+    with _open(site, write=False) as ledger:
+        members = _identities(site, site.training)
+        plan = _plan(ledger, site, recipe, members)
+        sigma = plan.noise_multiplier if plan else None
+        if sigma is None:
+            try:
+                sigma = _calibrated(ledger, site, recipe, members, 1)
+            except NotAffordable as error:
+                return _spent(site, str(error))
+        return _excess(ledger, site, recipe, members, sigma)[1]
+
+
+def record_done(site: Site, permit: Permit) -> None:
+    """Note that a paid round was carried through. Changes no spending."""
+    with _open(site) as ledger:
+        entry = replace(permit.entry, kind=DONE, of=permit.entry.number)
+        ledger.append(entry, ledger.groups[entry.patients])
+
+
+def record_unprotected(site: Site, round_: int) -> None:
+    """Note a round without differential privacy, where the site keeps a ledger."""
+    if site.ledger is None or not site.ledger.exists():
+        return
+    with _open(site) as ledger:
+        entry = _entry(site, UNPROTECTED, round_)
+        ledger.append(entry, _identities(site, site.training))
+
+
+def statement(site: Site, round_: int, permit: Permit | None = None) -> Statement:
+    """What the site tells the server about the privacy of this round."""
+    about = Statement(
+        federation=site.federation,
+        site=site.name,
+        round=round_,
+        code=code_hash(),
+        at=datetime.now(UTC).isoformat(timespec="seconds"),
+        private=site.budget is not None,
+        metrics=site.budget.metrics if site.budget else EXACT,
+    )
+    if permit is None:
+        return about
+    e = permit.entry
+    return replace(
+        about,
+        epsilon=e.epsilon,
+        delta=e.delta,
+        budget=e.budget,
+        noise_multiplier=e.noise_multiplier,
+        sampling_rate=e.sampling_rate,
+        clip=e.clip,
+        steps=e.steps,
+        patients=permit.patients,
+        accountant=accountant_name(),
+        ledger=permit.ledger,
+        entries=e.number,
+        head=e.hash,
+    )
+
+
+def most_spent(
+    ledger: Ledger, members: Iterable[Patient], delta: float, further: Steps | None = None,
+    federation: str | None = None,
+) -> float:  # fmt: skip
+    """Epsilon of the most affected of these patients, over all federations or within one."""
+    histories = _histories(ledger, members, federation)
+    more = () if further is None else (further,)
+    return max((epsilon((*history, *more), delta) for history in histories), default=0.0)
+
+
+def _pay(
+    site: Site, kind: str, round_: int, subjects: Sequence[CachedSubject], planned: int
+) -> Permit:
+    recipe, members = _recipe(site, kind), _identities(site, subjects)
+    with _open(site) as ledger:
+        plan = _plan(ledger, site, recipe, members)
+        if plan is None:
+            LOG.info(f"{site.name}: calibrating the noise for {planned} rounds")
+            try:
+                sigma = _calibrated(ledger, site, recipe, members, planned)
+            except NotAffordable as error:
+                raise BudgetSpent(_spent(site, str(error))) from error
+            about = _entry(site, PLAN, round_, recipe, sigma)
+            plan = ledger.append(replace(about, recipe=recipe.text()), members)
+        sigma = _steps(plan).noise_multiplier
+        after, reason = _excess(ledger, site, recipe, members, sigma)
+        if reason:
+            raise BudgetSpent(reason)
+        about = _entry(site, kind, round_, recipe, sigma)
+        entry = ledger.append(replace(about, epsilon=after), members)
+    return Permit(entry, len(members), ledger.id)
+
+
+def _recipe(site: Site, kind: str) -> _Recipe:
+    assert site.budget is not None
+    p, rounds = site.config.privacy, site.config.rounds.number
+    budget, cap, delta = site.budget.epsilon, p.epsilon, delta_of(site)
+    if kind == METRICS:
+        return _Recipe(kind, rounds, 1.0, 1, 1.0, budget, cap, delta)
+    patients = len(patients_of(site, site.training))
+    rate = 1.0 if p.expected_batch is None else min(1.0, p.expected_batch / patients)
+    return _Recipe(kind, rounds, rate, p.steps, clip_of(site), budget, cap, delta)
+
+
+def clip_of(site: Site) -> float:
+    """The largest norm of one patient's gradient: the site's choice, or the federation's."""
+    assert site.budget is not None
+    return site.budget.clip or site.config.privacy.clip
+
+
+def _plan(ledger: Ledger, site: Site, recipe: _Recipe, members: Sequence[Patient]) -> Entry | None:
+    """The newest plan of this federation, if it is for this recipe and these patients."""
+    plans = [
+        e
+        for e in ledger.entries
+        if e.kind == PLAN
+        and (e.federation, e.site) == (site.federation, site.name)
+        and json.loads(e.recipe)["kind"] == recipe.kind
+    ]
+    if not plans or plans[-1].recipe != recipe.text():
+        return None
+    return plans[-1] if set(ledger.groups[plans[-1].patients]) == set(members) else None
+
+
+def _calibrated(
+    ledger: Ledger, site: Site, recipe: _Recipe, members: Sequence[Patient], rounds: int
+) -> float:
+    """Noise with which `rounds` more rounds keep every patient within both limits."""
+    limits: list[tuple[float, str | None]] = [(recipe.epsilon, None)]
+    if recipe.cap is not None:
+        limits.append((recipe.cap, site.federation))
+    return max(
+        noise_multiplier(
+            limit,
+            recipe.delta,
+            sampling_rate=recipe.sampling_rate,
+            steps=recipe.steps * rounds,
+            before=history,
+        )
+        for limit, within in limits
+        for history in _histories(ledger, members, within)
+    )
+
+
+def _excess(
+    ledger: Ledger, site: Site, recipe: _Recipe, members: Sequence[Patient], sigma: float
+) -> tuple[float, str]:
+    """Epsilon with one more round, and why that is too much; empty if it is not."""
+    step = Steps(sigma, recipe.sampling_rate, recipe.steps)
+    after = most_spent(ledger, members, recipe.delta, step)
+    if after > recipe.epsilon:
+        now = most_spent(ledger, members, recipe.delta)
+        return after, _spent(
+            site,
+            f"epsilon {now:.3f} of {recipe.epsilon:g} at delta {recipe.delta:.2g}, and the next "
+            f"round would bring it to {after:.3f}.",
+        )
+    if recipe.cap is not None:
+        here = most_spent(ledger, members, recipe.delta, step, site.federation)
+        if here > recipe.cap:
+            return after, _spent(
+                site,
+                f"the next round would bring this federation's epsilon to {here:.3f}, agreed are "
+                f"{recipe.cap:g}.",
+            )
+    return after, ""
+
+
+def _spent(site: Site, why: str) -> str:
+    return f"{site.name}: its privacy budget is spent: {why} It goes on evaluating."
+
+
+def _histories(
+    ledger: Ledger, members: Iterable[Patient], federation: str | None
+) -> list[tuple[Steps, ...]]:
+    """What was done to each of these patients; the same history of several only once."""
+    found = {
+        tuple(
+            e.number
+            for e in ledger.entries_about(member)
+            if e.kind in SPENDS and federation in (None, e.federation)
+        )
+        for member in members
+    }
+    return [tuple(_steps(ledger.entries[n - 1]) for n in numbers) for numbers in sorted(found)]
+
+
+def _steps(entry: Entry) -> Steps:
+    assert entry.noise_multiplier is not None
+    assert entry.sampling_rate is not None
+    assert entry.steps is not None
+    return Steps(entry.noise_multiplier, entry.sampling_rate, entry.steps)
+
+
+def _identities(site: Site, subjects: Sequence[CachedSubject]) -> list[Patient]:
+    return [
+        identity(patient, (mark for scan in scans for mark in scan.fingerprints))
+        for patient, scans in patients_of(site, subjects).items()
+    ]
+
+
+def _entry(
+    site: Site, kind: str, round_: int, recipe: _Recipe | None = None, sigma: float | None = None
+) -> Entry:
+    about = Entry(0, "", kind, site.federation, site.name, round_, "")
+    if recipe is None:
+        return about
+    return replace(
+        about,
+        noise_multiplier=sigma,
+        sampling_rate=recipe.sampling_rate,
+        steps=recipe.steps,
+        clip=recipe.clip,
+        delta=recipe.delta,
+        budget=recipe.epsilon,
+    )
+
+
+def _open(site: Site, *, write: bool = True) -> AbstractContextManager[Ledger]:
+    assert site.ledger is not None
+    return open_ledger(site.ledger, site.anchor, write=write)
