@@ -22,8 +22,12 @@ from flwr.app.error import Error
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
+from client.budget import BudgetSpent, may_train, record_unprotected, statement
 from client.device import best_device, use_threads
 from client.evaluation import evaluate
+from client.ledger import LedgerError
+from client.privacy import NotProtectable
+from client.private_answers import private_report, private_update
 from client.site import Site, load_site
 from client.training import TrainingDiverged, train
 from common.config import FederationConfig
@@ -43,6 +47,7 @@ from common.messages import (
 )
 from common.metrics import summarise
 from common.model import network_for
+from common.statement import Signed
 from common.weights import BadWeights, check_update, weights_of
 from sites.cache import CacheError
 
@@ -53,6 +58,9 @@ Handler = Callable[[Message, Context], Message]
 
 class TaskRefused(RuntimeError):
     """The site will not do this task; the text is sent to the server."""
+
+
+FOR_BOTH_SIDES = TaskRefused, TrainingDiverged, BudgetSpent, NotProtectable
 
 
 def answering(handler: Handler) -> Handler:
@@ -66,9 +74,12 @@ def answering(handler: Handler) -> Handler:
     def answer(message: Message, context: Context) -> Message:
         try:
             return handler(message, context)
-        except (TaskRefused, TrainingDiverged, BadMessage, BadWeights) as error:
+        except (*FOR_BOTH_SIDES, BadMessage, BadWeights) as error:
             LOG.warning(str(error))
             reason = str(error)
+        except LedgerError as error:  # names a file
+            LOG.warning(str(error))
+            reason = "its privacy ledger cannot be used, so it does not train; its log says more."
         except CacheError as error:  # names a folder and a subject: for the site's eyes only
             LOG.warning(str(error))
             reason = "a prepared subject is missing or damaged at the site; its log says more."
@@ -85,10 +96,14 @@ def answering(handler: Handler) -> Handler:
 @answering
 def answer_roll_call(message: Message, context: Context) -> Message:
     site = _site(context)
+    trains = site.trains
+    if trains and site.budget is not None and (spent := may_train(site)):
+        LOG.warning(spent)
+        trains = False
     card = SiteCard(
         site=site.name,
-        trains=site.trains,
-        n_training=len(site.training) if site.trains else 0,
+        trains=trains,
+        n_training=len(site.training) if trains else 0,
         n_held_out=len(site.held_out),
         n_left_out=len(site.left_out),
         config_fingerprint=site.config.fingerprint(),
@@ -110,24 +125,10 @@ def answer_train(message: Message, context: Context) -> Message:
             f"agreed is at most {agreed:g}."
         )
     network = _ready_network(site, task)
-    outcome = train(
-        network,
-        site.training,
-        site.config,
-        site=site.name,
-        round_=task.round,
-        learning_rate=task.learning_rate,
-        device=best_device(),
-    )
-    update = SiteUpdate(
-        site=site.name,
-        round=task.round,
-        n_training=len(site.training),
-        loss=outcome.loss,
-        seconds=outcome.seconds,
-        samples_per_second=outcome.samples / max(outcome.seconds, 1e-9),
-        weights=weights_of(network),
-    )
+    if site.budget is not None:
+        update = private_update(site, task, message.content, network, best_device())
+    else:
+        update = _update(site, task, network)
     since = task.weights if site.config.rounds.updates == "fp16" else None
     return _reply(message, pack_site_update(update, since))
 
@@ -153,9 +154,43 @@ def answer_evaluate(message: Message, context: Context) -> Message:
     path.parent.mkdir(exist_ok=True)
     kept = [_with_null(asdict(result)) for result in results]
     write_text_atomically(path, json.dumps(kept, allow_nan=False))
+    if site.budget is not None:
+        return _reply(
+            message, pack_site_report(private_report(site, task, message.content, results))
+        )
     seconds = time.monotonic() - begin
-    report = SiteReport(site.name, task.round, summarise(results), seconds)
+    stated = _stated(site, task.round)
+    report = SiteReport(site.name, task.round, summarise(results), seconds, statement=stated)
     return _reply(message, pack_site_report(report))
+
+
+def _update(site: Site, task: TrainTask, network: torch.nn.Module) -> SiteUpdate:
+    """Without differential privacy."""
+    record_unprotected(site, task.round)
+    outcome = train(
+        network,
+        site.training,
+        site.config,
+        site=site.name,
+        round_=task.round,
+        learning_rate=task.learning_rate,
+        device=best_device(),
+    )
+    return SiteUpdate(
+        site=site.name,
+        round=task.round,
+        n_training=len(site.training),
+        loss=outcome.loss,
+        seconds=outcome.seconds,
+        samples_per_second=outcome.samples / max(outcome.seconds, 1e-9),
+        weights=weights_of(network),
+        statement=_stated(site, task.round),
+    )
+
+
+def _stated(site: Site, round_: int) -> Signed | None:
+    """That nothing protects this round; a simulation has nobody to tell."""
+    return Signed(statement(site, round_).text()) if site.federation else None
 
 
 def _site(context: Context) -> Site:

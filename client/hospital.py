@@ -6,11 +6,13 @@ there is kept. The private key never leaves the folder. What `join` does with it
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from client.site_config import SiteConfig
+from client.ledger import LedgerError, create_ledger
+from client.site_config import SiteConfig, load_site_config
 from common.config_file import commented
 from common.files import locked, write_text_atomically
 from common.keys import (
@@ -108,6 +110,10 @@ def init_hospital(path: Path, name: str, data: Path) -> HospitalFolder:
         _write_public_key(folder, name)
         config = SiteConfig(data=data.expanduser().absolute())
         write_text_atomically(folder.config, commented(config))  # last: the folder is finished
+        ledger = load_site_config(folder.config).privacy_ledger
+        if not ledger.exists():
+            with contextlib.suppress(LedgerError):  # needed, and asked for, with a budget only
+                create_ledger(ledger)
     return folder
 
 

@@ -46,6 +46,7 @@ from common.keys import load_private_key
 from common.notices import is_farewell, unpack_farewell, unpack_roll_call
 from common.progress import Progress
 from common.records import BadMessage
+from common.statement import Signed, attach, attached, sign
 from common.terms import Terms
 
 LOG = logging.getLogger("fedbrats")
@@ -269,8 +270,7 @@ class Membership:
                     reason = f"it took longer than the round's deadline of {minutes:g} minutes."
                     self._finish(connection, self._error(task.message, reason))
             elif event.kind == "reply":
-                reply = unpack(event.payload)
-                self._finish(connection, reply)
+                self._finish(connection, self._signed(unpack(event.payload)))
             else:
                 LOG.warning(event.details["text"])
                 self._end_worker()
@@ -292,6 +292,14 @@ class Membership:
             if departure.kind == outbound.METRICS:  # the last that leaves in a round
                 LOG.info(f"left this building so far: {'; '.join(left)}")
         self._display.state("waiting", left=left)
+
+    def _signed(self, reply: Message) -> Message:
+        """The worker does not hold the key, so a privacy statement is signed here."""
+        stated = attached(reply.content) if reply.has_content() else None
+        if stated is not None:
+            signature = sign(stated.text, load_private_key(self._folder.private_key))
+            attach(reply.content, Signed(stated.text, signature))
+        return reply
 
     # ------------------------------------------------------------------------------ what may happen
 

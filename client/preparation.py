@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.site import write_site
-from common.config import FederationConfig
+from client.site_config import SiteConfig
 from common.config_file import dump_config
+from common.terms import Terms
 from sites.finding import Finding
 from sites.institutions import grades_of
 from sites.patients import patients_of
@@ -35,10 +36,8 @@ class UnusableData(ValueError):
         self.findings = tuple(findings)
 
 
-def prepare_hospital(
-    name: str, data: Path, cache: Path, state: Path, config: FederationConfig
-) -> Prepared:
-    """Check and preprocess the subjects below `data`, and write the site's folder `state`.
+def prepare_hospital(name: str, settings: SiteConfig, state: Path, terms: Terms) -> Prepared:
+    """Check and preprocess the hospital's subjects, and write the site's folder `state`.
 
     Raises:
         UnusableData: no subject can be used, or one cannot and the federation refuses to skip it.
@@ -46,6 +45,7 @@ def prepare_hospital(
         SplitError: name mappings in `data` contradict each other.
         PatientsError: `patients.csv` in `data` cannot be followed.
     """
+    config, data, cache = terms.config, settings.data, settings.cache
     if not data.is_dir():
         raise UnusableData(f"{data} is no folder; correct `data` in site.yaml.")
     discovery = discover(data, modalities=config.modalities, site=name)
@@ -75,6 +75,9 @@ def prepare_hospital(
         held_out=site.held_out,
         findings=findings,
         patients=patients,
+        federation=terms.federation,
+        budget=None if settings.privacy == "off" else settings.privacy,
+        ledger=settings.privacy_ledger,
     )
     warnings = sum(finding.severity == "warning" for finding in findings)
     return Prepared(len(site.training), len(site.held_out), len(bad), warnings)

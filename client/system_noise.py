@@ -20,22 +20,28 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 SOURCE = "operating system (256-bit key per draw, AES-256-CTR, sum of four Gaussians)"
 BLOCK = 1 << 16  # values at a time: their float64 intermediates stay in the cache
 _WORDS = 4  # of 64 bits for each value: two Box-Muller pairs
+_FEWEST = 4  # values at a time: fewer could not come from four different pairs
+_UNIT = 2.0**-64 * (1 - 2.0**-52)  # a word's; a little less than it, as log(0) is infinite
 
 
-def system_gaussian(
-    shape: tuple[int, ...], deviation: float, device: torch.device | str = "cpu"
-) -> torch.Tensor:
-    """Independent values of N(0, deviation^2), float32, on `device`."""
-    values = torch.empty(math.prod(shape), dtype=torch.float32, device=device)
+def add_system_gaussian(values: torch.Tensor, deviation: float) -> None:
+    """Add independent noise of N(0, deviation^2) to every value, in place.
+
+    Raises:
+        ValueError: `values` are not contiguous in some memory format.
+    """
+    if not _dense(values):
+        raise ValueError("noise can only be added to values that lie in memory without gaps")
+    # in the order of memory, whatever the layout: to the noise all values are alike
+    flat = values.as_strided((values.numel(),), (1,))
     stream = Cipher(algorithms.AES256(os.urandom(32)), modes.CTR(bytes(16))).encryptor()
-    zeros = bytes(8 * _WORDS * BLOCK)
+    zeros = bytes(8 * _WORDS * min(BLOCK, max(len(flat), _FEWEST)))
     drawn = bytearray(len(zeros) + 16)  # the cipher wants room for one of its blocks more
-    for block in values.split(BLOCK):
-        size = max(len(block), 4)  # fewer could not come from four different pairs
+    for block in flat.split(BLOCK):
+        size = max(len(block), _FEWEST)
         stream.update_into(zeros[: 8 * _WORDS * size], drawn)
-        bits = torch.frombuffer(drawn, dtype=torch.int64, count=_WORDS * size).to(device)
-        block.copy_(_gaussians(bits, size)[: len(block)].mul_(deviation))
-    return values.view(shape)
+        bits = torch.frombuffer(drawn, dtype=torch.int64, count=_WORDS * size).to(values.device)
+        block.add_(_gaussians(bits, size, deviation)[: len(block)])
 
 
 def system_sample(count: int, rate: float) -> list[int]:
@@ -44,15 +50,22 @@ def system_sample(count: int, rate: float) -> list[int]:
     return [index for index in range(count) if coin.random() < rate]
 
 
-def _gaussians(bits: torch.Tensor, size: int) -> torch.Tensor:
-    """`size` standard Gaussians in float64 from `_WORDS` times as many random words."""
-    words = bits.view(_WORDS, size)
-    # 53 bits each: in (0, 1], as log(0) is infinite, and in [0, 1)
-    mantissas = words.bitwise_right_shift(11).bitwise_and_((1 << 53) - 1).double()
-    radius, angle = mantissas.split(2)
-    radius = radius.add_(1).mul_(2.0**-53).log_().mul_(-2).sqrt_()
-    angle = angle.mul_(2 * math.pi * 2.0**-53)
+def _gaussians(bits: torch.Tensor, size: int, deviation: float) -> torch.Tensor:
+    """`size` values of N(0, deviation^2) in float64 from `_WORDS` times as many random words."""
+    radius, angle = bits.view(_WORDS, size).double().mul_(_UNIT).split(2)  # inside -1/2 .. 1/2
+    # half a Gaussian's deviation each: four of them make one of the whole
+    radius = radius.add_(0.5).log_().mul_(-0.5 * deviation**2).sqrt_()
+    angle = angle.mul_(2 * math.pi)
     along, across = angle.cos().mul_(radius), angle.sin_().mul_(radius)
     # the sines of other pairs than the cosines', so that four pairs meet in each value
-    total = along[0].add_(along[1]).add_(across[0].roll(1)).add_(across[1].roll(2))
-    return total.mul_(0.5)
+    return along[0].add_(along[1]).add_(across[0].roll(1)).add_(across[1].roll(2))
+
+
+def _dense(values: torch.Tensor) -> bool:
+    """Does each value have its own place, with no gap between them?"""
+    expected = 1
+    for size, stride in sorted(zip(values.shape, values.stride(), strict=True), key=lambda p: p[1]):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True

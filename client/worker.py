@@ -96,9 +96,12 @@ def _prepare(folder: Path, name: str) -> dict[str, Any]:
 
     from client.consent import accepted_terms
     from client.hospital import HospitalFolder
+    from client.ledger import open_ledger
     from client.preparation import prepare_hospital
+    from client.privacy import require_protectable
     from client.site_config import load_site_config
-    from common.model import initial_weights
+    from common.model import network_for
+    from common.weights import weights_of
     from common.wire import encode
 
     hospital = HospitalFolder(folder)
@@ -110,9 +113,14 @@ def _prepare(folder: Path, name: str) -> dict[str, Any]:
         )
     terms = accepted_terms(hospital)
     assert terms is not None
-    prepared = prepare_hospital(name, settings.data, settings.cache, hospital.state, terms.config)
+    network = network_for(terms.config)
+    if settings.privacy != "off":  # before hours go into preparing data
+        require_protectable(network, terms.config)
+        with open_ledger(settings.privacy_ledger, None, write=False):
+            pass
+    prepared = prepare_hospital(name, settings, hospital.state, terms)
     # how many bytes of weights a task may hold
-    return {**vars(prepared), "model_bytes": len(encode(initial_weights(terms.config)))}
+    return {**vars(prepared), "model_bytes": len(encode(weights_of(network)))}
 
 
 def _answer(folder: Path, payload: bytes) -> bytes:
@@ -159,7 +167,9 @@ class NoDevice(RuntimeError):
 
 def _explain(error: Exception) -> tuple[str, list[dict[str, str]]]:
     """Words for this site's own screen and log."""
+    from client.ledger import LedgerError
     from client.preparation import UnusableData
+    from client.privacy import NotProtectable
     from common.config_file import ConfigError
     from sites.cache import CacheError
     from sites.institutions import SplitError
@@ -168,7 +178,7 @@ def _explain(error: Exception) -> tuple[str, list[dict[str, str]]]:
     findings = [finding.as_dict() for finding in getattr(error, "findings", ())]
     foreseen = (
         *(UnusableData, CacheError, SplitError, PatientsError),
-        *(ConfigError, NoDevice, CodeChanged),
+        *(ConfigError, NoDevice, CodeChanged, LedgerError, NotProtectable),
     )
     if isinstance(error, foreseen):
         return str(error), findings

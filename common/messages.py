@@ -7,6 +7,8 @@ crosses. Weights travel as one block of bytes (`common.wire`).
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -193,6 +195,13 @@ def unpack_site_report(content: RecordDict) -> SiteReport:
         released=released,
         statement=attached(content),
     )
+
+
+def task_hash(content: RecordDict) -> str:
+    """sha256 (hex) of everything a task says, its weights as they travelled: the same question?"""
+    about = record_of(content, "about", ConfigRecord)
+    text = json.dumps(dict(sorted(about.items())))
+    return hashlib.sha256(text.encode() + b"\0" + _block(content)).hexdigest()
 
 
 def weight_bytes(content: RecordDict) -> int:

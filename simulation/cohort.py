@@ -9,10 +9,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from client.ledger import create_ledger
 from client.site import write_site
+from client.site_config import PrivacyBudget
 from common.config import FederationConfig
 from common.config_file import dump_config
+from common.messages import EXACT
 from sites.checks import same_patient_twice
 from sites.finding import Finding
 from sites.institutions import Split, roles, split_subjects
@@ -157,8 +161,21 @@ def write_sites(cohort: Cohort, folder: Path, config: FederationConfig) -> dict[
             held_out=site.held_out,
             findings=site.findings,
             patients=cohort.patients,
+            **_protection(folders[node], config),
         )
     return folders
+
+
+def _protection(site: Path, config: FederationConfig) -> dict[str, Any]:
+    """Every simulated hospital has a ledger of its own, and the budget that the federation asks for."""
+    if config.privacy.epsilon is None:
+        return {}
+    ledger = site / "privacy-ledger.sqlite"
+    if not ledger.exists() and not (site / "ledger-anchor.json").exists():
+        site.mkdir(parents=True, exist_ok=True)
+        create_ledger(ledger)
+    budget = PrivacyBudget(epsilon=config.privacy.epsilon, metrics=EXACT)
+    return {"federation": config.name, "budget": budget, "ledger": ledger}
 
 
 def _at_site(finding: Finding, site_of: dict[str, str]) -> Finding:
