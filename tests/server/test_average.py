@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 
 from common.weights import Weights
-from server.average import WeightedSum, add, mean
+from server.average import WeightedSum, add, mean, moving
 
 SUBJECTS = [129, 35, 34, 34, 22, 15, 14, 13, 12, 11, 9, 9, 8, 8, 6, 6, 4, 3, 2, 1, 47, 382, 511]
 
@@ -165,3 +165,14 @@ def test_memory_is_the_running_sum_and_one_update_whatever_the_number_of_sites()
     model = 8  # MiB
     assert with_2 - start < 4.5 * model  # sum in float64: 2 models; update: 1; mean: 1
     assert with_23 - with_2 < 0.5 * model
+
+
+def test_the_moving_average_by_hand_and_counters_are_the_newest():
+    average = {"w": torch.tensor([1.0, 2.0]), "n": torch.tensor(5)}
+    newest = {"w": torch.tensor([3.0, -2.0]), "n": torch.tensor(8)}
+    result = moving(average, newest, 0.75)
+    assert result["w"].tolist() == [1.5, 1.0]
+    assert (result["w"].dtype, result["n"].dtype) == (torch.float32, torch.int64)
+    assert int(result["n"]) == 8
+    assert average["w"].tolist() == [1.0, 2.0], "both stay as they are"
+    assert newest["w"].tolist() == [3.0, -2.0]

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from common.weights import BadWeights
-from server.checkpoint import RunFolder, load_checkpoint, prune_checkpoints, save_checkpoint
+from server.checkpoint import (
+    RunFolder,
+    load_checkpoint,
+    load_to_continue,
+    prune_checkpoints,
+    save_checkpoint,
+)
 
 
 def weights(value: float) -> dict[str, torch.Tensor]:
@@ -104,3 +110,18 @@ def test_the_group_may_read_a_model_if_it_may_read_other_files(tmp_path):
     save_checkpoint(folder, 1, weights(1))
     (tmp_path / "other").touch()
     assert folder.checkpoint(1).stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_two_models_are_one_file_and_each_is_found(tmp_path):
+    folder = RunFolder(tmp_path)
+    _, digest = save_checkpoint(folder, 4, weights(1), raw=weights(2))
+    assert names(folder) == ["round-0004.safetensors"]
+    kept, raw = load_to_continue(folder, 4, digest)
+    assert kept.keys() == raw.keys() == weights(1).keys()
+    assert (kept["w"][0], raw["w"][0]) == (1, 2)
+    assert load_checkpoint(folder, 4, digest)["w"][0] == 1
+    _, digest = save_checkpoint(folder, 5, weights(3))
+    kept, raw = load_to_continue(folder, 5, digest)
+    assert kept["w"][0] == raw["w"][0] == 3
+    with pytest.raises(BadWeights, match="missing or changed"):
+        load_to_continue(folder, 4, digest)

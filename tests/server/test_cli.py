@@ -14,6 +14,8 @@ import pytest
 from common.config_file import load_config
 from common.invitation import read_invitation
 from common.keys import fingerprint, new_private_key, public_line, telephone_number
+from common.statement import Signed, Statement, sign
+from server.history import Contribution, GivenStatement, History, RoundRecord
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-c", "from server.cli import main; main()"]
@@ -204,3 +206,47 @@ def test_what_cannot_be_done_is_said_in_words(folder, site, tmp_path, arguments,
     assert said in words(result.stderr)
     assert not (tmp_path / "new").exists()
     assert listed(folder) == []
+
+
+def with_statements(folder: Path, key) -> None:
+    """A history of one round, in which Oslo trained and stated its privacy."""
+    about = {"epsilon": 1.25, "delta": 0.01, "noise_multiplier": 2.0, "ledger": "1e" * 16}
+    federation = json.loads((folder / "federation.json").read_text())["federation"]
+    stated = Statement(
+        federation, "Oslo", 1, "c0de", "2026", private=True, metrics="exact", **about
+    )
+    signed = Signed(stated.text(), sign(stated.text(), key))
+    (folder / "run").mkdir()
+    with History(folder / "run" / "history.sqlite") as history:
+        record = RoundRecord(1, 0.1, 1.0, None, "c", "s", (Contribution("Oslo", True),), {})
+        history.record_round(record, [GivenStatement(1, "Oslo", "training", signed)])
+
+
+def test_the_privacy_report_as_table_json_and_page(folder, site):
+    early = run("privacy-report", folder)
+    assert (early.returncode, early.stdout) == (1, "")
+    assert "no round is complete yet" in early.stderr
+    key = new_private_key()
+    site.write_text(public_line(key.public_key(), "Oslo"))
+    run("admit", folder, site, "--name", "Oslo")
+    site.write_text(public_line(new_private_key().public_key(), "Oslo"))
+    run("admit", folder, site, "--name", "Oslo", "--replace")
+    with_statements(folder, key)
+    shown = run("privacy-report", folder)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    (row,) = (line for line in shown.stdout.splitlines() if "Oslo" in line)
+    assert {"1.25", "exact", "good"} <= set(row.split()), "the replaced key's signature"
+    assert "not that it is true" in shown.stdout
+    page = folder.parent / "report.html"
+    both = run("privacy-report", folder, "--json", "--out", page)
+    (oslo,) = json.loads(both.stdout)["sites"]
+    assert (oslo["epsilon"], oslo["signature"], oslo["warnings"]) == (1.25, "good", [])
+    assert "<td>1.25</td>" in page.read_text()
+    nowhere = run("privacy-report", folder, "--out", folder / "none" / "report.html")
+    assert nowhere.returncode == 2
+    assert "is no folder" in words(nowhere.stderr)
+    assert run("privacy-report", folder.parent).returncode == 1
+    (folder / "run" / "history.sqlite").write_bytes(b"damaged" * 100)
+    damaged = run("privacy-report", folder)
+    assert damaged.returncode == 1
+    assert "history.sqlite" in damaged.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from common.metrics import SiteMetrics
@@ -61,3 +63,42 @@ def test_a_round_that_shares_no_site_with_the_best_says_nothing():
     records = [record(1, {"a": (0.5, 0.5, 1)}), record(2, {"b": (0.9, 0.1, 1)})]
     assert comparable_losses(records) == [0.5]
     assert best_rounds(records)[0].round == 1
+
+
+def only_dice(number: int, **dice: float) -> RoundRecord:
+    """A round whose sites tell Dice and no loss, as those that noise their metrics do."""
+    metrics = {
+        site: SiteMetrics(3, {f"dice/{r}": value for r in ("WT", "TC", "ET")}, {})
+        for site, value in dice.items()
+    }
+    return RoundRecord(number, 1e-4, 1.0, None, "", "", (), metrics)
+
+
+def test_without_any_metrics_the_last_round_is_chosen():
+    records = [only_dice(number) for number in (1, 2, 3)]
+    assert [r.round for r in best_rounds(records)] == [3, 3]
+    assert comparable_losses(records) == []
+
+
+def test_rounds_without_metrics_are_never_chosen_over_one_with_some():
+    records = [only_dice(1), only_dice(2, a=0.2), only_dice(3, a=0.1), only_dice(4)]
+    assert [r.round for r in best_rounds(records)] == [2, 2]
+
+
+def test_dice_without_a_loss_chooses_the_round_and_leaves_the_rate_alone():
+    records = [only_dice(1, a=0.2, b=0.3), only_dice(2, a=0.3, b=0.3), only_dice(3, a=0.9, b=0.1)]
+    assert [r.round for r in best_rounds(records)] == [3, 2]
+    assert comparable_losses(records) == []
+
+
+def test_losses_are_compared_over_the_sites_that_tell_one():
+    """`a` tells its Dice throughout, its loss in the second round only."""
+    first = record(1, {"b": (0.5, 0.4, 1)})
+    second = record(2, {"a": (0.5, 9.0, 3), "b": (0.5, 0.3, 1)})
+    third = only_dice(3, a=0.5)
+    told = {"a": only_dice(1, a=0.5).metrics["a"]}
+    first = replace(first, metrics={**told, **first.metrics})
+    assert comparable_losses([first, second, third]) == pytest.approx([0.4, 0.3])
+    fourth = record(4, {"b": (0.5, 0.25, 1)})
+    fourth = replace(fourth, metrics={**told, **fourth.metrics})
+    assert comparable_losses([first, third, fourth]) == pytest.approx([0.4, 0.25])

@@ -183,3 +183,11 @@ def test_renewal_keeps_the_hosts_unless_told_and_always_the_address_of_the_file(
     assert renew_certificate(folder).hosts[:3] == ("moved.org", "fed.org", "10.0.0.5")
     only = renew_certificate(folder, ["new.org"]).hosts
     assert only == ("moved.org", "new.org", "localhost", "127.0.0.1")
+
+
+def test_weights_to_begin_with_are_meant_from_where_init_was_typed(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    config = load_config(assign=["server.init_from=model.safetensors"])
+    folder = init_folder(tmp_path / "study", config)
+    assert load_config(folder.config).server.init_from == tmp_path / "here" / "model.safetensors"

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from common.keys import new_private_key, public_line
+from common.keys import fingerprint, new_private_key, public_line
 from server.enrolment import (
     EnrolmentError,
     active,
     admit,
     all_sites,
     create_registry,
+    keys_of_all,
     revoke,
 )
 
@@ -168,3 +169,13 @@ def test_files_that_cannot_be_used_are_named(registry, tmp_path):
     registry.write_bytes(b"not a database, but long enough to be looked at" * 30)
     with pytest.raises(EnrolmentError, match=r"enrolled\.sqlite.*backup"):
         active(registry)
+
+
+def test_every_key_that_a_site_ever_had_is_kept(registry):
+    old, new, other = (new_private_key().public_key() for _ in range(3))
+    admit(registry, "Oslo", old)
+    admit(registry, "Oslo", new, replace=True)
+    admit(registry, "Bergen", other)
+    revoke(registry, "Bergen")
+    found = {site: [fingerprint(key) for key in of] for site, of in keys_of_all(registry).items()}
+    assert found == {"Oslo": [fingerprint(old), fingerprint(new)], "Bergen": [fingerprint(other)]}

@@ -15,7 +15,8 @@ import pytest
 
 from common.messages import SiteCard
 from common.metrics import SiteMetrics
-from server.history import Contribution, History, HistoryError, RoundRecord
+from common.statement import Signed
+from server.history import Contribution, GivenStatement, History, HistoryError, RoundRecord
 
 NAN = math.nan
 
@@ -39,6 +40,7 @@ def a_round(number: int = 1, **changes: Any) -> RoundRecord:
         ),
         metrics={"a": metrics(0.75), "ü b": metrics(0.5, 1)},
         unmeasured={"b": "no answer"},
+        released={"ü b": "noised"},
     )
     return replace(record, **changes)
 
@@ -48,7 +50,11 @@ def comparable(record: RoundRecord) -> str:
 
 
 def test_a_round_reads_back_as_it_was_written(tmp_path):
-    written = [a_round(1), a_round(2, unmeasured={}, contributions=())]
+    written = [
+        a_round(1),
+        a_round(2, unmeasured={}, released={}, contributions=()),
+        a_round(3, loss=None, metrics={}, released={"b": "withheld"}),
+    ]
     with History(tmp_path / "h") as history:
         for record in reversed(written):
             history.record_round(record)
@@ -69,6 +75,15 @@ class Trap(dict[str, float]):
         return super().items()
 
 
+def stated(round_: int, stage: str = "training") -> GivenStatement:
+    return GivenStatement(round_, "ü b", stage, Signed(f"round {round_}", b"\0\xff"))
+
+
+def failing_statements():
+    yield stated(2)
+    raise ZeroDivisionError
+
+
 def springing(spring: Callable[[], None]) -> RoundRecord:
     last = SiteMetrics(4, Trap(spring), {})
     return a_round(2, metrics={"a": metrics(0.75), "b": last})
@@ -84,7 +99,7 @@ def kill_9() -> None:
 
 def rounds_in_every_table(path: Path) -> set[int]:
     database = sqlite3.connect(path)
-    tables = ("rounds", "contributions", "metrics", "unmeasured")
+    tables = ("rounds", "contributions", "metrics", "unmeasured", "released", "statements")
     rows = [row for t in tables for row in database.execute(f"SELECT round FROM {t}")]
     database.close()
     return {number for (number,) in rows}
@@ -95,7 +110,9 @@ def test_an_error_in_the_middle_of_a_round_leaves_nothing_of_it(tmp_path):
     with History(path) as history:
         history.record_round(a_round(1))
         with pytest.raises(ZeroDivisionError):
-            history.record_round(springing(fail))
+            history.record_round(springing(fail), [stated(2)])
+        with pytest.raises(ZeroDivisionError):
+            history.record_round(a_round(2), failing_statements())
         assert rounds_in_every_table(path) == {1}
         history.record_round(a_round(2))
     assert rounds_in_every_table(path) == {1, 2}
@@ -197,3 +214,33 @@ def test_a_damaged_file_is_named_in_words(tmp_path):
         history.rounds()
     with pytest.raises(HistoryError, match="unable to open"):
         History(tmp_path / "none" / "h")
+
+
+def test_statements_come_back_to_the_byte_in_the_order_in_which_they_were_given(tmp_path):
+    first = [stated(1, stage) for stage in ("training", "metrics")]
+    with History(tmp_path / "h") as history:
+        history.record_round(a_round(1), first)
+        history.record_round(a_round(2))
+        history.record_final(1, {}, {}, {}, [stated(1, "final")])
+    with History(tmp_path / "h") as history:
+        assert history.statements() == [*first, stated(1, "final")]
+
+
+def test_the_end_is_known_without_any_metric_and_is_replaced_whole(tmp_path):
+    with History(tmp_path / "h") as history:
+        for number in (1, 2):
+            history.record_round(a_round(number), [stated(number)])
+        withheld = {"a": "withheld"}
+        history.record_final(1, {}, {"a": "it withholds"}, withheld, [stated(1, "final")])
+        assert history.final() == (1, {})
+        assert history.final_released() == withheld
+        history.record_final(2, {}, {}, {"b": "noised"}, [stated(2, "final")])
+        assert history.final() == (2, {})
+        assert history.final_released() == {"b": "noised"}
+        assert history.rounds()[0].released == {"ü b": "noised"}, "not mixed up with the round's"
+        assert history.statements() == [stated(1), stated(2), stated(2, "final")]
+
+
+def test_without_metrics_there_is_no_mean_and_no_worst():
+    record = a_round(metrics={})
+    assert (record.mean_dice, record.worst) == (None, None)

@@ -289,3 +289,16 @@ def test_a_terminal_gets_a_table_and_the_log_above_it(tmp_path):
         os.close(writing)
     for text in ("a-site", "never connected", "of 5 rounds done", "a line [bold]above?[2J"):
         assert text in seen, text
+
+
+def test_a_round_without_metrics_losses_or_times_is_shown(board, tmp_path):
+    contributions = (Contribution("a", True), Contribution("b", True))
+    record = replace(a_round(2, "ab"), contributions=contributions, metrics={}, loss=None)
+    board.live = False
+    board.round_done(record)
+    document = board.document()
+    about = document["sites"]["a"]
+    assert (about["round"], about["loss"], about["dice"], about["seconds"]) == (2, None, None, None)
+    assert "2 of 5 rounds done; no site releases its metrics" in printed(board.table(document))
+    board.write(document)
+    strict(tmp_path / "status.json")

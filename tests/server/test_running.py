@@ -92,6 +92,11 @@ def test_how_it_ended_is_the_exit_code(folder, monkeypatch, outcome, code, said)
 def test_what_cannot_be_started_is_said(folder, tmp_path):
     assert command("start", tmp_path / "none").exit_code == 1
     assert "fed-server admit" in command("start", folder.path).stderr, "nobody is enrolled"
+    settings = folder.config.read_text()
+    folder.config.write_text(settings.replace("init_from: null", "init_from: model.safetensors"))
+    result = command("start", folder.path)
+    assert result.exit_code == 2
+    assert f"{folder.path / 'model.safetensors'} is no file" in result.stderr, "beside the settings"
     folder.config.write_text("trainig: {}")
     result = command("start", folder.path)
     assert (result.exit_code, "did you mean `training`" in result.stderr) == (2, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -238,3 +239,81 @@ def test_results_document_of_a_run_that_stopped(tmp_path):
     assert document["final"] is None
     assert document["rounds"] == []
     assert document["verdict"]["stopped"] == [[1, "b", "the disk is full"]]
+
+
+# --------------------------------------------------------------- metrics that a site keeps or noises
+
+PRIVATE = {"a": "withheld", "b": "noised"}
+
+
+def noised(n: int, dice: float) -> SiteMetrics:
+    return SiteMetrics(n, {f"dice/{region}": dice for region in ("WT", "TC", "ET")}, {})
+
+
+def a_private_round(number: int) -> RoundRecord:
+    record = a_round(number, "abc", metrics={"b": noised(3, 0.25), "c": metrics(2)})
+    return replace(record, unmeasured={"a": "it withholds"}, released=PRIVATE)
+
+
+def test_who_withholds_is_said_once_and_is_no_absence(tmp_path):
+    history = history_of(tmp_path, [a_private_round(1), a_private_round(2)])
+    history.record_final(1, {}, {"c": "too slow", "a": "it withholds"}, {"a": "withheld"})
+    with history:
+        judged = verdict(history)
+        document = strict(results_document(history))
+    assert judged.absent == ((1, "c", "final model not evaluated: too slow"),)
+    assert judged.lines() == [
+        "Training complete: 2 rounds.",
+        "  a contributed to every round.",
+        "  b contributed to every round.",
+        "  c contributed to every round.",
+        "  a withholds its metrics.",
+        "  b releases its metrics with noise.",
+        "  Round 1: without c: final model not evaluated: too slow",
+    ]
+    assert document["verdict"]["withheld"] == ["a"]
+    assert document["rounds"][0]["released"] == PRIVATE
+    assert document["final"] == {
+        "round": 1,
+        "mean_dice": {},
+        "metrics": {},
+        "released": {"a": "withheld"},
+    }
+
+
+def test_who_withholds_at_the_end_only_is_no_absence_either(tmp_path):
+    history = history_of(tmp_path, [a_round(1, "abc")])
+    history.record_final(1, {"b": metrics(2)}, {"a": "it withholds"}, {"a": "withheld"})
+    with history:
+        judged = verdict(history)
+    assert judged.everyone
+    assert judged.withheld == ("a",)
+
+
+def test_tables_show_what_is_withheld_or_noised():
+    record = a_private_round(3)
+    rows = {row[0]: row[1:] for row in cells(round_table(record))}
+    assert rows["a"][1:-1] == ["-"] * 6 + ["withheld"]
+    assert rows["b"][1:-1] == ["0.250"] * 3 + ["-"] * 3 + ["3 noised"]
+    assert rows["c"][-2] == "2"
+    final = {row[0]: row[1:] for row in cells(final_table(3, record.metrics, PRIVATE))}
+    assert final["a"] == ["-"] * 9 + ["withheld"]
+    assert final["b"] == ["0.250"] * 3 + ["-"] * 6 + ["3 noised"]
+    assert final["mean over sites"][-1] == "5"
+
+
+def test_a_round_of_which_nobody_tells_metrics_or_a_loss():
+    record = replace(
+        a_round(3, "ab", metrics={}), loss=None, released=dict.fromkeys("ab", "withheld")
+    )
+    text = printed(round_table(record))
+    assert "Round 3: no site releases its metrics, 1.5 s" in text
+    only_noised = replace(record, metrics={"a": noised(3, 0.25)})
+    text = printed(round_table(only_noised))
+    assert "Round 3: Dice 0.250 (mean over sites), worst 0.250 at a, 1.5 s" in text
+
+
+def test_an_update_without_loss_and_time_is_shown_as_untold():
+    record = replace(a_round(1, "a"), contributions=(Contribution("a", True),))
+    (row,) = cells(round_table(record))
+    assert (row[1], row[-1]) == ("-", "-")
