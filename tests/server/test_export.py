@@ -12,13 +12,16 @@ import pytest
 import torch
 
 from common.config_file import load_config
+from common.keys import new_private_key
 from common.messages import SiteCard
+from common.statement import Signed, Statement, sign
 from common.weights import BadWeights, load_weights, save_weights
 from server.attendance import note_terms
 from server.checkpoint import RunFolder
 from server.coordinator import CoordinatorError, federation_id, init_folder, terms
+from server.enrolment import admit
 from server.export import export_model
-from server.history import Contribution, History, RoundRecord
+from server.history import TRAINING, Contribution, GivenStatement, History, RoundRecord
 from tests.server.test_tables import metrics
 
 SITES = (("a", 4, 2, 0), ("b", 10, 1, 3), ("only-evaluates", 0, 5, 0))
@@ -170,3 +173,137 @@ def test_it_names_nobody_but_the_sites(folder, tmp_path):
         content = (tmp_path / "out" / name).read_text()
         for secret in (str(tmp_path), "PRIVATE", "fed.org"):
             assert secret not in content, (name, secret)
+
+
+# ------------------------------------------------------------------------ what sites keep or state
+
+
+def change_rounds(folder, change) -> None:
+    """Write the rounds anew, each as `change` makes it, and its statements with it."""
+    with History(RunFolder(folder.run).history) as history:
+        records = history.rounds()
+        with history._transaction() as database:
+            for table in ("rounds", "contributions", "metrics", "unmeasured", "released"):
+                database.execute(f"DELETE FROM {table} WHERE round > 0")
+            database.execute("DELETE FROM statements")
+        for record in records:
+            changed, statements = change(record)
+            history.record_round(changed, statements)
+
+
+def card_of(folder, out, **options) -> tuple[dict, str]:
+    _, text = export_model(folder, out, **options)
+    card = json.loads((out / "model-card.json").read_text(), parse_constant=pytest.fail)
+    return card, text.read_text()
+
+
+def test_the_card_says_that_nobody_chose_when_no_site_tells_its_metrics(folder, tmp_path):
+    every = dict.fromkeys("ab", "withheld")
+    change_rounds(folder, lambda r: (replace(r, metrics={}, loss=None, released=every), ()))
+    with History(RunFolder(folder.run).history) as history:
+        history.record_final(3, {}, dict.fromkeys("ab", "it withholds"), every)
+    about = load_weights(RunFolder(folder.run).model)[1]
+    save_weights(RunFolder(folder.run).model, weights(3), {**about, "round": 3})
+    for options in ({}, {"worst_site": True}):
+        card, text = card_of(folder, tmp_path / str(options), **options)
+        assert card["chosen_by"] == "last round: no site releases its metrics"
+        assert (card["metrics"], card["mean_dice"], card["released"]) == ({}, {}, every)
+        assert "the last round's model, chosen by nobody" in text
+        assert "chosen by Dice" not in text.lower()
+        assert "| a | 4 | 2 | 3 | - |" in text
+
+
+def test_the_card_says_whose_metrics_chose_the_round(folder, tmp_path):
+    card, text = card_of(folder, tmp_path / "all")
+    said = "chosen by Dice on the held-out subjects, so these figures are slightly optimistic."
+    assert said in text
+    some = {"b": "withheld", "only-evaluates": "noised"}
+    change_rounds(folder, lambda r: (replace(r, released=some), ()))
+    with History(RunFolder(folder.run).history) as history:
+        history.record_final(2, {"a": metrics(2)}, {}, some)
+    card, text = card_of(folder, tmp_path / "some")
+    assert card["released"] == some
+    assert "on the held-out subjects of the sites that release it" in text
+    assert "b: withheld, by its own choice. only-evaluates: noised, by its own choice." in text
+
+
+def test_the_card_tells_the_weights_a_run_began_from_and_the_moving_average(folder, tmp_path):
+    card, text = card_of(folder, tmp_path / "none")
+    assert card["began_from_sha256"] is None
+    assert "began from" not in text
+    assert "moving average" not in text
+    with History(RunFolder(folder.run).history) as history:
+        history.note("init_from", "ab" * 32)
+    run = RunFolder(folder.run)
+    loaded, about = load_weights(run.model)
+    about["config"]["rounds"]["average_decay"] = 0.9
+    save_weights(run.model, loaded, about)
+    card, text = card_of(folder, tmp_path / "some")
+    assert card["began_from_sha256"] == "ab" * 32
+    assert f"- began from weights sha256 {'ab' * 32}\n" in text
+    assert "moving average of the rounds' models, decay 0.9" in text
+
+
+def with_privacy(folder, keys, *, without=frozenset(), ledger="1e" * 16) -> None:
+    """Every site states each round that it trained; those in `without` as not private."""
+
+    def stated(record: RoundRecord, site: str) -> GivenStatement:
+        private = (site, record.round) not in without
+        numbers = {
+            "epsilon": record.round / 2, "delta": 0.01, "noise_multiplier": 2.0,
+            "ledger": ledger, "entries": record.round, "head": str(record.round),
+        }  # fmt: skip
+        statement = Statement(
+            federation_id(folder), site, record.round, "c0de", "2026", private=private,
+            metrics="exact", **numbers if private else {},
+        )  # fmt: skip
+        text = statement.text()
+        return GivenStatement(record.round, site, TRAINING, Signed(text, sign(text, keys[site])))
+
+    change_rounds(folder, lambda r: (r, [stated(r, c.site) for c in r.contributions if c.trained]))
+
+
+@pytest.fixture
+def keys(folder):
+    keys = {site: new_private_key() for site in "ab"}
+    for site, key in keys.items():
+        admit(folder.enrolled, site, key.public_key())
+    return keys
+
+
+def test_the_card_repeats_the_epsilons_that_the_sites_state(folder, keys, tmp_path):
+    with_privacy(folder, keys)
+    card, text = card_of(folder, tmp_path / "out")
+    assert card["privacy"]["a"] == {
+        "epsilon": 1.5,
+        "delta": 0.01,
+        "private_rounds": [1, 2, 3],
+        "rounds_without_privacy": [],
+        "rounds_without_statement": [],
+        "signature": "good",
+        "warnings": [],
+    }
+    assert card["privacy"]["only-evaluates"]["private_rounds"] == []
+    assert "by each site's own statement" in text
+    assert "a: epsilon 1.5, delta 0.01; b: epsilon 1.5, delta 0.01." in text
+    assert "without differential privacy" not in text
+    assert "Without it" not in text
+
+
+def test_a_site_that_was_not_private_throughout_is_named_in_the_card(folder, keys, tmp_path):
+    with_privacy(folder, keys, without={("b", 3)})
+    _, text = card_of(folder, tmp_path / "some")
+    assert "own patients: a: epsilon 1.5, delta 0.01." in text
+    assert "do not bear it out: b; weights can reveal" in text
+    with_privacy(folder, keys, without={("a", 1), ("b", 3)})
+    _, text = card_of(folder, tmp_path / "none")
+    assert "Trained without differential privacy" in text
+
+
+def test_a_statement_that_nobody_can_vouch_for_makes_no_site_private_in_the_card(
+    folder, keys, tmp_path
+):
+    with_privacy(folder, {"a": keys["b"], "b": keys["b"]})
+    _, text = card_of(folder, tmp_path / "out")
+    assert "own patients: b: epsilon 1.5" in text
+    assert "do not bear it out: a; weights" in text
