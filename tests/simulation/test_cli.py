@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ import yaml
 from typer.testing import CliRunner
 
 from common.config_file import load_config
+from server.history import Contribution, History, RoundRecord
 from simulation.cli import app
+from simulation.run import _results_csv
 
 
 def fed_sim(*arguments: str):
@@ -126,6 +129,23 @@ def test_results_repeats_what_the_run_recorded(finished_run):
     for number in (1, 2, 3):
         assert f"Round {number}:" in text
     assert "site-13 contributed to every round." in text
+
+
+def test_results_of_a_run_whose_sites_keep_their_metrics(tmp_path: Path):
+    withheld = {"a": "withheld"}
+    with History(tmp_path / "history.sqlite") as history:
+        record = RoundRecord(1, 0.1, 1.0, None, "c", "s", (Contribution("a", True),), {})
+        history.record_round(replace(record, released=withheld, unmeasured={"a": "it withholds"}))
+        history.record_final(1, {}, {"a": "it withholds"}, withheld)
+        assert _results_csv(history).splitlines() == ["stage,round,site,metric,mean,subjects"]
+    text = fed_sim("results", str(tmp_path)).output
+    assert "Round 1: no site releases its metrics" in text
+    assert "a withholds its metrics." in text
+    document = json.loads(
+        fed_sim("results", str(tmp_path), "--json").output, parse_constant=pytest.fail
+    )
+    assert document["rounds"][0]["mean_dice"] is None
+    assert document["verdict"]["everyone"] is True
 
 
 def test_results_of_no_run_is_wrong_usage(tmp_path: Path):

@@ -26,8 +26,9 @@ from client.site import load_site
 from common.files import locked
 from common.metrics import summarise
 from common.model import initial_weights, network_for
-from common.weights import load_weights
+from common.weights import file_sha256, load_weights
 from server.checkpoint import RunFolder
+from server.history import History
 from simulation.cli import app
 from simulation.grid import run_in_process
 from simulation.run import Engine, client_app, server_app, simulate
@@ -500,3 +501,48 @@ def test_the_lock_is_held_while_it_works_and_released_after(
         simulate(cohort_data, folder.path, config, cache=cohort_cache, engine=Engine())
     with locked(folder.lock):
         pass
+
+
+# -------------------------------------------------------------------------- weights to begin with
+
+
+def test_a_run_begins_from_given_weights_and_goes_on_without_them(
+    finished_run, run, cohort_data, tmp_path, monkeypatch
+):
+    """The path is meant from where the user stands."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copy(finished_run.folder / "model.safetensors", "start.safetensors")
+    given, _ = load_weights(Path("start.safetensors"))
+    begin = ("--set", "server.init_from=start.safetensors")
+    # a rate of nearly nothing: the first round's model is the one that it began from
+    still = ("--set", "training.learning_rate=1e-12", "--set", "rounds.updates=fp32")
+    done = run(*begin, *still)
+    assert done.exit_code == 0, done.output
+    model, _ = load_weights(tmp_path / "run" / "model.safetensors")
+    for name, tensor in given.items():
+        assert torch.allclose(model[name], tensor, rtol=0, atol=1e-6), name
+    with History(tmp_path / "run" / "history.sqlite") as history:
+        assert history.noted("init_from") == file_sha256(Path("start.safetensors"))
+    Path("start.safetensors").unlink()
+    assert run(*begin, *still).exit_code == 0, "nothing is begun again"
+    changed = run(*still)
+    assert changed.exit_code == 2
+    assert "(differs in: server.init_from)" in changed.output
+
+
+def test_weights_that_do_not_fit_are_refused_before_a_scan_is_read(
+    finished_run, run, cohort_data, tmp_path
+):
+    def refused(*more: str) -> str:
+        failed = run(*more, data=tmp_path / "no-scans")
+        assert failed.exit_code == 2
+        assert not (tmp_path / "run").exists()
+        return failed.output
+
+    (tmp_path / "no-scans").mkdir()
+    start = f"server.init_from={finished_run.folder / 'model.safetensors'}"
+    other = refused("--set", start, "--set", "network.channels=[2,2,2,2,4]")
+    assert "`server.init_from`" in other
+    assert "expected torch.float32" in other
+    assert "no file" in refused("--set", "server.init_from=gone.safetensors")
