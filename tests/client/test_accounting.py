@@ -102,7 +102,7 @@ def test_a_spent_budget_is_said():
     before = [Steps(4.0, 1.0, 20)]
     spent = epsilon(before, 0.01)
     with pytest.raises(NotAffordable, match=f"spent so far: epsilon {spent:.3f} of"):
-        noise_multiplier(spent + 0.001, 0.01, sampling_rate=1.0, steps=1, before=before)
+        noise_multiplier(spent, 0.01, sampling_rate=1.0, steps=1, before=before)
     with pytest.raises(NotAffordable):
         noise_multiplier(spent / 2, 0.01, sampling_rate=1.0, steps=1, before=before)
     sigma = noise_multiplier(1.5 * spent, 0.01, sampling_rate=1.0, steps=1, before=before)
