@@ -85,7 +85,11 @@ def delta_of(site: Site) -> float:
     assert site.budget is not None
     if site.budget.delta is not None:
         return site.budget.delta
-    return 1 / (10 * len(patients_of(site, site.training or site.held_out)))
+    return default_delta(len(patients_of(site, site.training or site.held_out)))
+
+
+def default_delta(patients: int) -> float:
+    return 1 / (10 * patients)
 
 
 def pay_for_training(site: Site, round_: int) -> Permit:

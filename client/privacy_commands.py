@@ -1,0 +1,165 @@
+"""What a hospital asks about its patients' privacy: `fed-client privacy-report`, `privacy-plan`,
+`privacy-ledger`.
+
+Nothing is sent. Heavy imports happen inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from common.console import failing_in_words, standard_output, start_logging
+
+if TYPE_CHECKING:
+    from client.hospital import HospitalFolder
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="This hospital's folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+PAGE, DOCUMENT = "privacy-report.html", "privacy-report.json"
+PLOTS = (".svg", ".png")
+
+
+def privacy_report(
+    folder: Folder,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where to write it; DIR/privacy-report by default."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write what this site's patients have lost of their privacy, for a data-protection officer.
+
+    One HTML page and the same as JSON. Exit code 0: written, also if nothing is protected; the
+    report says so. 1: the ledger is missing or was tampered with, or FOLDER cannot be written; then
+    nothing is. 2: wrong usage.
+    """
+    start_logging()
+    with _failing():
+        from client.hospital import load_hospital
+        from client.privacy_page import report_page, report_table
+        from client.privacy_report import privacy_document
+        from common.files import write_text_atomically
+
+        hospital = load_hospital(folder)
+        document = privacy_document(hospital)
+        page = report_page(document)
+        text = json.dumps(document, indent=1, allow_nan=False)
+        target = hospital.path / "privacy-report" if out is None else out
+        target.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(target / PAGE, page)
+        write_text_atomically(target / DOCUMENT, text + "\n")
+    if as_json:
+        print(text)
+        return
+    standard_output().print(report_table(document, terminal=sys.stdout.isatty()))
+    print(f"Page: {target / PAGE}")
+    print(f"JSON: {target / DOCUMENT}")
+
+
+def privacy_ledger(
+    folder: Folder,
+    create: Annotated[
+        bool,
+        typer.Option("--create", help="Make a new, empty ledger where site.yaml says."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Verify this site's privacy ledger from its first entry to its last, and list it.
+
+    Exit code 0: it is whole, or was made. 1: it is missing, damaged or was tampered with, or one
+    exists that --create would replace. 2: wrong usage.
+    """
+    start_logging()
+    with _failing():
+        from dataclasses import asdict
+
+        from client.hospital import load_hospital
+        from client.ledger import open_ledger
+        from client.privacy_page import ledger_table
+        from client.site_config import load_site_config
+
+        hospital = load_hospital(folder)
+        path = load_site_config(hospital.config).privacy_ledger
+        if create:
+            _create(hospital, path)
+        anchor = _anchor(hospital)
+        with open_ledger(path, anchor if anchor.exists() else None, write=False) as ledger:
+            pass
+        document = {
+            "path": str(path),
+            "id": ledger.id,
+            "verified": True,
+            "anchored": anchor.exists(),
+            "head": ledger.head,
+            "entries": [
+                {**asdict(entry), "size": len(ledger.groups[entry.patients])}
+                for entry in ledger.entries
+            ],
+        }
+    if as_json:
+        print(json.dumps(document, indent=1, allow_nan=False))
+        return
+    standard_output().print(ledger_table(document, terminal=sys.stdout.isatty()))
+
+
+def _create(hospital: HospitalFolder, path: Path) -> None:
+    """Raises:
+    LedgerError: there is one, or this folder has known one.
+    """
+    from client.ledger import LedgerError, create_ledger
+
+    anchor = _anchor(hospital)
+    if anchor.exists() and not path.exists():
+        raise LedgerError(
+            f"{anchor} remembers a ledger from which this site's patients were paid for, so a new "
+            f"one would forget what they have spent. Restore {path} from a backup, or correct "
+            "`privacy_ledger` in site.yaml. Only if it is lost for good and the hospital answers "
+            f"for beginning anew: delete {anchor} by hand and type the command again."
+        )
+    create_ledger(path)
+    print(
+        f"{path}: made, empty. Spending begins anew: whatever this site's patients spent before is "
+        "not in it. The coordinator sees in the next statement that it is another ledger. Folders "
+        "of this hospital that remember the old one do not train until it is restored.",
+        file=sys.stderr,
+    )
+
+
+def _anchor(hospital: HospitalFolder) -> Path:
+    return hospital.state / "ledger-anchor.json"  # as `client.site.Site.anchor`
+
+
+def _failing() -> AbstractContextManager[None]:
+    return failing_in_words("fed-client", _foreseen)
+
+
+def _foreseen() -> tuple[type[Exception], ...]:
+    from client.consent import NotAccepted
+    from client.hospital import HospitalError
+    from client.ledger import LedgerError
+    from client.outbound import OutboundError
+    from client.privacy_plan import NothingToPlan
+    from common.invitation import BadInvitation
+    from common.keys import BadKey
+    from common.terms import BadTerms
+    from sites.institutions import SplitError
+    from sites.patients import PatientsError
+
+    return (
+        BadInvitation,
+        BadKey,
+        BadTerms,
+        HospitalError,
+        LedgerError,
+        NotAccepted,
+        NothingToPlan,
+        OutboundError,
+        PatientsError,
+        SplitError,
+    )
