@@ -211,6 +211,68 @@ def results(
             print("\n".join(verdict(history).lines()))
 
 
+class Plant(StrEnum):
+    """`simulation.privacy_audit.PLANTS` without its imports."""
+
+    NO_NOISE = "no-noise"
+    SEEDED_NOISE = "seeded-noise"
+    BROKEN_CLIPPING = "broken-clipping"
+    HALF_NOISE = "half-noise"
+
+
+@app.command()
+def audit_privacy(
+    epsilon: Annotated[float, typer.Option(min=0.01, help="The site's budget.")] = 8.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Over which it is spent.")] = 20,
+    patients: Annotated[
+        int, typer.Option(min=1, max=100, help="Synthetic ones beside the canaries.")
+    ] = 4,
+    canaries: Annotated[int, typer.Option(min=16, help="About half of them take part.")] = 400,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for audit.json and the audited site.")
+    ] = None,
+    plant: Annotated[
+        Plant | None, typer.Option(help="A fault to put into the client, to see it found.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Attack the differential privacy of this installation's training, on synthetic patients.
+
+    A one-run audit: a lower bound on epsilon from guesses who took part, and direct measurements of
+    the noise and of one patient's influence. It finds faults; it proves no privacy.
+
+    Exit code 0: nothing found. 1: a violation. 2: wrong usage, or no audit was possible.
+    """
+    start_logging()
+    with _failing_in_words():
+        if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise typer.BadParameter(f"{out} exists already.", param_hint="--out")
+        from tempfile import TemporaryDirectory
+
+        from simulation.privacy_audit import NotAudited, audit, lines, write_audit
+
+        with nullcontext(out) if out else TemporaryDirectory() as name:
+            folder = Path(name)
+            try:
+                result = audit(
+                    folder,
+                    budget=epsilon,
+                    rounds=rounds,
+                    patients=patients,
+                    canaries=canaries,
+                    plant=plant and plant.value,
+                )
+            except NotAudited as error:
+                raise typer.BadParameter(str(error)) from None
+            write_audit(result, folder / "audit.json")
+        if as_json:
+            print(json.dumps(result.document(), indent=1, allow_nan=False))
+        else:
+            print("\n".join(lines(result)))
+        if result.found:
+            raise typer.Exit(FAILED)
+
+
 @app.command(name="config")
 def show_config(preset: Preset = None, assign: Assign = None) -> None:
     """Print a federation.yaml with every key, to edit and pass to `run --config`."""

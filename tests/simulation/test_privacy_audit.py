@@ -1,0 +1,256 @@
+"""The privacy audit: its arithmetic, that it passes a sound client, and that it finds every planted fault."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import client.privacy
+from client.ledger import TRAINING, open_ledger
+from simulation.cli import Plant, app
+from simulation.privacy_audit import (
+    BOUND,
+    INFLUENCE,
+    NOISE,
+    PLANTS,
+    REPETITION,
+    Audit,
+    NotAudited,
+    audit,
+    lines,
+    lower_bound,
+    p_value,
+    planted,
+    right_guesses,
+)
+
+pytestmark = pytest.mark.usefixtures("undisturbed_log")
+
+SMALL = {"budget": 2.0, "rounds": 4, "patients": 1, "canaries": 200}
+
+# ------------------------------------------------------------------------------------- arithmetic
+
+
+def by_hand(guesses: int, right: int, canaries: int, epsilon: float, delta: float) -> float:
+    """Theorem 5.2 term by term."""
+    p = math.exp(epsilon) / (1 + math.exp(epsilon))
+    chance = [math.comb(guesses, k) * p**k * (1 - p) ** (guesses - k) for k in range(guesses + 1)]
+    steepest = max((sum(chance[right - i : right]) / i for i in range(1, right + 1)), default=0)
+    return min(1.0, sum(chance[right:]) + 2 * canaries * delta * steepest)
+
+
+@pytest.mark.parametrize("delta", [0.0, 1e-5, 1e-3])
+@pytest.mark.parametrize(("guesses", "right"), [(1, 1), (40, 40), (40, 31), (40, 20), (40, 0)])
+def test_the_p_value_is_the_theorems(guesses, right, delta):
+    for epsilon in (0.0, 0.5, 2.0, 6.0):
+        expected = by_hand(guesses, right, 100, epsilon, delta)
+        assert p_value(guesses, right, 100, epsilon, delta) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("guesses", [5, 20, 100, 1000])
+def test_who_is_always_right_proves_what_the_closed_form_says(guesses):
+    p = 0.05 ** (1 / guesses)  # p^r = 0.05
+    assert lower_bound(guesses, guesses, 2 * guesses, 0.0) == pytest.approx(
+        math.log(p / (1 - p)), abs=1e-5
+    )
+
+
+def test_the_bound_is_where_the_p_value_is_5_percent():
+    bound = lower_bound(100, 85, 400, 1e-4)
+    assert p_value(100, 85, 400, bound, 1e-4) == pytest.approx(0.05, abs=1e-4)
+
+
+def test_guesses_no_better_than_coins_prove_nothing():
+    assert lower_bound(100, 50, 400, 0.0) == lower_bound(100, 0, 400, 0.0) == 0.0
+
+
+def test_less_certain_guarantees_are_harder_to_refute():
+    assert lower_bound(100, 95, 400, 1e-3) < lower_bound(100, 95, 400, 0.0)
+    assert lower_bound(100, 95, 400, 0.0, confidence=0.99) < lower_bound(100, 95, 400, 0.0)
+
+
+def test_the_bound_of_randomised_response_rarely_exceeds_its_epsilon():
+    right = np.random.default_rng(0).binomial(200, math.e / (1 + math.e), size=400)  # epsilon 1
+    bounds = [lower_bound(200, int(v), 200, 0.0) for v in right]
+    assert np.mean(np.array(bounds) > 1) < 0.08  # 5 %, and 3 %, three deviations, of luck
+    assert np.mean(bounds) > 0.5
+
+
+def test_guesses_are_the_highest_and_the_lowest_scores():
+    scores = np.array([5.0, -1.0, 3.0, 0.0, 4.0, 1.0])
+    inside = np.array([True, False, True, True, False, False])
+    assert right_guesses(scores, inside, 2) == 2  # 5 took part, -1 did not
+    assert right_guesses(scores, inside, 4) == 2  # of 4 and 0 neither is as guessed
+    assert right_guesses(scores, inside, 6) == 4
+
+
+# ----------------------------------------------------------------------------------- sound client
+
+
+@pytest.fixture(scope="module")
+def audited(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | None], tuple[Audit, Path]]:
+    """A function: fault or None -> the small audit and its folder, each done once."""
+    done: dict[str | None, tuple[Audit, Path]] = {}
+
+    def of(plant: str | None) -> tuple[Audit, Path]:
+        if plant not in done:
+            folder = tmp_path_factory.mktemp("audit")
+            done[plant] = audit(folder, plant=plant, **SMALL), folder
+        return done[plant]
+
+    return of
+
+
+def test_a_sound_client_passes(audited):
+    result, _ = audited(None)
+    assert result.found == ()
+    assert result.bound <= result.claim.epsilon
+    assert result.noise == pytest.approx(result.claim.sigma, rel=0.01)
+    assert result.epsilon_as_measured == pytest.approx(result.claim.epsilon, rel=0.03)
+    assert abs(result.alike) < 0.05
+    assert abs(result.influence - 1) < 6 * result.influence_error
+    assert lines(result)[-1] == "Verdict: nothing found."
+
+
+def test_the_claim_is_the_ledgers(audited):
+    result, folder = audited(None)
+    site = folder / "audited"
+    with open_ledger(site / "privacy-ledger.sqlite", None, write=False) as ledger:
+        paid = [e for e in ledger.entries if e.kind == TRAINING]
+        (group,) = {e.patients for e in paid}
+        assert len(ledger.groups[group]) == result.claim.patients
+    assert len(paid) == result.claim.rounds == SMALL["rounds"]
+    assert paid[-1].epsilon == result.claim.epsilon <= SMALL["budget"]
+    assert paid[0].noise_multiplier == pytest.approx(result.claim.sigma)
+
+
+def test_canaries_take_part_by_coins(audited):
+    result, folder = audited(None)
+    taking_part = [len(list((folder / s / "canaries").iterdir())) for s in ("audited", "repeated")]
+    assert taking_part == 2 * [result.claim.patients - SMALL["patients"]]
+    assert 0.3 < taking_part[0] / SMALL["canaries"] < 0.7
+    _, other = audited("no-noise")
+    names = [{p.name for p in (f / "audited" / "canaries").iterdir()} for f in (folder, other)]
+    assert names[0] != names[1]
+
+
+# ----------------------------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize(
+    ("plant", "found"),
+    [
+        ("no-noise", {BOUND, NOISE}),
+        ("seeded-noise", {NOISE, REPETITION}),
+        ("broken-clipping", {BOUND, INFLUENCE}),
+        ("half-noise", {NOISE}),
+    ],
+)
+def test_every_planted_fault_is_found(audited, plant, found):
+    result, _ = audited(plant)
+    # half the noise leaves the bound where chance wills
+    assert set(result.found) - ({BOUND} if plant == "half-noise" else set()) == found
+    assert lines(result)[-1].startswith(f"Verdict (planted: {plant}): VIOLATION: ")
+
+
+def test_half_of_the_noise_is_measured_and_priced(audited):
+    result, _ = audited("half-noise")
+    assert result.noise == pytest.approx(result.claim.sigma / 2, rel=0.01)
+    assert result.epsilon_as_measured > 2 * result.claim.epsilon
+
+
+def test_a_tensor_without_noise_is_found(tmp_path, monkeypatch):
+    real = client.privacy.add_system_gaussian
+
+    def spare(values, deviation):
+        if values.shape != (4, 4, 3, 3, 3):  # one of 53 tensors, 432 of 73,985 values
+            real(values, deviation)
+
+    monkeypatch.setitem(
+        PLANTS, "spared", lambda seed: [(client.privacy, "add_system_gaussian", spare)]
+    )
+    result = audit(tmp_path / "audit", plant="spared", **{**SMALL, "canaries": 16})
+    assert result.quiet == ("model.2.1.conv.unit0.conv.weight",)
+    assert NOISE in result.found
+    assert result.noise == pytest.approx(result.claim.sigma, rel=0.02)  # on the whole
+
+
+def test_a_fault_ends_with_the_audit():
+    before = dict(vars(client.privacy)), client.privacy.PatientOptimizer.take
+    for plant in PLANTS:
+        with planted(plant, 1):
+            assert (dict(vars(client.privacy)), client.privacy.PatientOptimizer.take) != before
+        assert (dict(vars(client.privacy)), client.privacy.PatientOptimizer.take) == before
+
+
+def test_canaries_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(NotAudited, match="there must be 16 to"):
+        audit(tmp_path / "audit", canaries=10**6)
+    assert not (tmp_path / "audit").exists()
+
+
+# ---------------------------------------------------------------------------------------- command
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working folder and an empty folder for temporary files; both must stay empty."""
+    for name in ("here", "temporary"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    yield tmp_path
+    for name in ("here", "temporary"):
+        assert list((tmp_path / name).iterdir()) == []
+
+
+SMALLEST = ("--epsilon", "2", "--rounds", "2", "--patients", "1", "--canaries", "40")
+
+
+def fed_sim(*arguments: str):
+    return CliRunner().invoke(app, ("audit-privacy", *arguments))
+
+
+def test_the_command_passes_a_sound_client_and_leaves_no_trace(nowhere):
+    done = fed_sim(*SMALLEST, "--json")
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert document["found"] == []
+    assert document["planted"] is None
+    assert document["claim"]["rounds"] == 2
+
+
+def test_the_command_finds_a_fault_and_keeps_what_it_is_told_to(nowhere):
+    out = nowhere / "kept"
+    done = fed_sim(*SMALLEST, "--plant", "half-noise", "--out", str(out))
+    assert done.exit_code == 1, done.output
+    assert "VIOLATION: " in done.stdout
+    assert json.loads((out / "audit.json").read_text())["found"] == ["noise"]
+    again = fed_sim(*SMALLEST, "--out", str(out))
+    assert again.exit_code == 2
+    assert "exists already" in " ".join(again.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--plant", "magic"), "magic"),
+        (("--canaries", "4"), "x>=16"),
+        (("--epsilon", "0.01", "--rounds", "2000", *SMALLEST[4:]), "does not train"),
+    ],
+)
+def test_wrong_usage_is_told_from_a_violation(nowhere, arguments, text):
+    done = fed_sim(*arguments)
+    assert done.exit_code == 2
+    assert text in done.output
+
+
+def test_the_command_offers_every_plant():
+    assert [plant.value for plant in Plant] == list(PLANTS)
