@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,21 +36,6 @@ from sites.cache import Preparation, load_entry
 from sites.finding import Finding
 
 SECRET = "BraTS20_Training"  # begins every subject's id, file and cache entry
-
-
-@pytest.fixture
-def log() -> Iterator[list[str]]:
-    """Lines of fedbrats' own log."""
-    lines: list[str] = []
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(self.format(record))
-
-    collector = Collector()
-    logging.getLogger("fedbrats").addHandler(collector)
-    yield lines
-    logging.getLogger("fedbrats").removeHandler(collector)
 
 
 @pytest.fixture
