@@ -302,7 +302,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "private": {
         "preprocess": {"mode": "resample", "shape": (64, 64, 64)},
         "network": {"name": "residual_unet", "norm": "group", "channels": (8, 16, 32)},
+        "training": {
+            "learning_rate": 5e-3,
+            "augment": {"affine_probability": 0.15, "elastic_probability": 0.0},
+        },
         "rounds": {"number": 20, "plateau_patience": None},
-        "privacy": {"crops": 2},
+        "privacy": {"crops": 2, "clip": 0.5, "learning_rate": 0.5},
     },
 }
