@@ -2,7 +2,8 @@
 
 `check` examines a folder of subjects and says what is wrong with which file; `predict` segments one
 subject with a trained model; `client.enrol` has `init` and `rotate-key`, `client.membership` has
-`join`, `review`, `status` and `leave`. Heavy imports happen inside the commands, so that `--help`
+`join`, `review`, `status` and `leave`, `client.privacy_commands` has `privacy-plan`,
+`privacy-report` and `privacy-ledger`. Heavy imports happen inside the commands, so that `--help`
 answers at once.
 """
 
@@ -17,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from client import enrol, membership
+from client import enrol, membership, privacy_commands
 from common.brats import CODINGS, MODALITIES, STRUCTURES
 from common.console import complain, printable, run_program, standard_output, start_logging
 from sites.finding import Finding
@@ -44,6 +45,9 @@ for command in (
     membership.status,
     membership.leave,
     enrol.rotate_key,
+    privacy_commands.privacy_plan,
+    privacy_commands.privacy_report,
+    privacy_commands.privacy_ledger,
 ):
     app.command()(command)
 

@@ -62,6 +62,100 @@ def privacy_report(
     print(f"JSON: {target / DOCUMENT}")
 
 
+def privacy_plan(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="This hospital's folder.")
+    ] = None,
+    patients: Annotated[
+        int | None, typer.Option(min=1, help="Training patients, instead of counting DIR's.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Instead of rounds.number.")] = None,
+    epsilon: Annotated[
+        list[float] | None, typer.Option(help="A budget to plan for; may be given several times.")
+    ] = None,
+    delta: Annotated[float | None, typer.Option(help="1/(10 N) for N patients by default.")] = None,
+    expected_batch: Annotated[
+        float | None, typer.Option(help="Patients of a step on average; all of them by default.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Noisy steps a round.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The federation.yaml to plan for.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Or a preset; private if nothing else is known.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw it, as .svg or .png.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Before joining: the noise that a privacy budget asks for here, and what can then be learned.
+
+    Only names of files are read, and nothing is written but the plot. Small batches take up to a
+    minute. Exit code 0: planned. 1: DIR or its data cannot be used. 2: wrong usage.
+    """
+    start_logging()
+    for hint, values in (("--epsilon", epsilon or ()), ("--expected-batch", [expected_batch])):
+        if any(value is not None and not 0 < value < float("inf") for value in values):
+            raise typer.BadParameter("must be a number above 0.", param_hint=hint)
+    if delta is not None and not 0 < delta < 1:
+        raise typer.BadParameter("must be between 0 and 1.", param_hint="--delta")
+    if plot is not None and plot.suffix.lower() not in PLOTS:
+        raise typer.BadParameter(f"{plot} must end in .svg or .png.", param_hint="--plot")
+    if plot is not None and not plot.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{plot.parent} is no folder.", param_hint="--plot")
+    if folder is None and patients is None:
+        raise typer.BadParameter("give DIR, or --patients.", param_hint="DIR")
+    with _failing():
+        from client.hospital import load_hospital
+        from client.privacy_plan import (
+            EPSILONS,
+            Cohort,
+            Recipe,
+            budget_of,
+            cohort_of,
+            config_of,
+            parameters_of,
+            plan_document,
+            plan_table,
+            write_plot,
+        )
+        from common.config_file import load_config
+
+        hospital = load_hospital(folder) if folder is not None else None
+        agreed = config_of(hospital) if hospital else None
+        if config is not None or preset is not None:
+            agreed = load_config(config, preset=preset)
+        budget = budget_of(hospital) if hospital else None
+        if patients is not None:
+            cohort = Cohort(patients, None, "as given")
+        else:
+            assert hospital is not None
+            cohort = cohort_of(hospital, agreed)
+        settings = agreed or load_config(preset="private")
+        recipe = Recipe(
+            "this plan",
+            rounds or settings.rounds.number,
+            steps or settings.privacy.steps,
+            expected_batch or settings.privacy.expected_batch,
+            parameters_of(settings),
+        )
+        if delta is None and budget is not None:
+            delta = budget.delta
+        own = (budget.epsilon,) if budget else ()
+        wanted = sorted({*(epsilon or (*EPSILONS, *own))}, reverse=True)
+        compared_at = own[0] if own and not epsilon else wanted[len(wanted) // 2]
+        document = plan_document(cohort, settings, recipe, wanted, delta, compared_at)
+        if plot is not None:
+            write_plot(document, plot)
+    if as_json:
+        print(json.dumps(document, indent=1, allow_nan=False))
+        return
+    standard_output().print(plan_table(document, terminal=sys.stdout.isatty()))
+    if plot is not None:
+        print(f"Plot: {plot}")
+
+
 def privacy_ledger(
     folder: Folder,
     create: Annotated[

@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from jinja2 import Environment
@@ -22,7 +22,6 @@ from matplotlib.ticker import MaxNLocator
 from rich.box import ASCII2, ROUNDED
 from rich.console import Group
 from rich.markup import escape
-from rich.padding import Padding
 from rich.table import Table
 
 from client.privacy_report import BROKEN_STATE
@@ -32,12 +31,16 @@ COLOURS = ("#1f6feb", "#b54708", "#1a7f37", "#8250df", "#57606a")
 LIMIT_COLOUR = "#b42318"
 SHOWN = 10  # of the newest payments, on a terminal
 ENTRY_HEADINGS = (
-    "no.", "when", "federation", "state", "round", "for", "patients", "steps", "σ", "q", "C", "ε", "δ",
+    "no.", "when (UTC)", "federation", "state", "round", "for", "patients", "steps", "σ", "q", "C", "ε", "δ",
 )  # fmt: skip
 FEDERATION_HEADINGS = (
     "federation", "paid rounds", "noised metrics", "interrupted", "without privacy", "ε by itself",
 )  # fmt: skip
-SVG_SETTINGS = {
+LEDGER_HEADINGS = (
+    "no.", "when (UTC)", "kind", "federation", "site", "round", "patients", "σ", "q", "steps", "C",
+    "ε", "δ", "of no.",
+)  # fmt: skip
+SVG_SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: to be found, read aloud and small
     "svg.hashsalt": "fedbrats",
     "font.family": "sans-serif",
@@ -53,6 +56,8 @@ def report_page(document: Mapping[str, Any]) -> str:
         .from_string(template)
         .render(
             **document,
+            written=f"{_moment(document['at'])} (UTC)",
+            moment=_moment,
             plot=_plot(document),
             spending=_spending(document),
             facts=_facts(document),
@@ -69,12 +74,12 @@ def report_table(document: Mapping[str, Any], *, terminal: bool) -> Group:
     lines: list[Any] = [f"[bold]Privacy of {_safe(document['site'])}[/bold]"]
     lines.append(_safe(document["headline"]))
     lines += [f"[yellow]Warning:[/yellow] {_safe(text)}" for text in document["warnings"]]
-    facts = _table(terminal, ("", ""), heading=False)
+    facts = new_table(terminal, ("", ""), left=2)
     for what, value in (*_spending(document), *_facts(document)):
         facts.add_row(_safe(what), _safe(value))
     lines.append(facts)
     if document["federations"]:
-        table = _table(terminal, FEDERATION_HEADINGS)
+        table = new_table(terminal, FEDERATION_HEADINGS)
         for federation in document["federations"]:
             table.add_row(*map(_safe, _federation_row(federation)))
         lines.append(table)
@@ -82,15 +87,34 @@ def report_table(document: Mapping[str, Any], *, terminal: bool) -> Group:
         newest = document["entries"][-SHOWN:]
         older = len(document["entries"]) - len(newest)
         lines.append("Payments" + (f" ({older} older ones are in the page)" if older else ""))
-        table = _table(terminal, ENTRY_HEADINGS)
+        table = new_table(terminal, ENTRY_HEADINGS, left=4)
         for entry in newest:
             table.add_row(*map(_safe, _entry_row(entry)))
         lines.append(table)
     lines.append("What it means")
-    lines += [Padding(_safe(text), (0, 0, 0, 2)) for text in document["meaning"]]
+    lines += [f"  {_safe(text)}" for text in document["meaning"]]
     lines.append("Not covered (the page says more)")
-    lines += [Padding(_safe(entry["what"]), (0, 0, 0, 2)) for entry in document["not_covered"]]
+    lines += [f"  {_safe(entry['what'])}" for entry in document["not_covered"]]
     return Group(*lines)
+
+
+def ledger_table(document: Mapping[str, Any], *, terminal: bool) -> Group:
+    """Every entry of a verified ledger."""
+    table = new_table(terminal, LEDGER_HEADINGS, left=5)
+    for e in document["entries"]:
+        numbers = (*("noise_multiplier", "sampling_rate", "steps"), *("clip", "epsilon", "delta"))
+        table.add_row(
+            *map(_safe, (e["number"], _moment(e["at"]), e["kind"], _short(e["federation"]))),
+            *map(_safe, (e["site"], e["round"], e["size"])),
+            *(_cell(e[key]) for key in numbers),
+            "" if e["of"] is None else str(e["of"]),
+        )
+    known = "and goes on from where this folder last saw it" if document["anchored"] else "verified"
+    return Group(
+        _safe(f"Privacy ledger {document['id']} ({document['path']})"),
+        _safe(f"{len(document['entries'])} entries, whole, {known}; head {document['head']}"),
+        *((table,) if document["entries"] else ()),
+    )
 
 
 def svg(figure: Figure) -> Markup:
@@ -107,10 +131,10 @@ def svg(figure: Figure) -> Markup:
     return Markup(element)
 
 
-def bare(axes: Axes) -> None:
-    """A quiet frame: two axes and faint lines to read values by."""
+def bare(axes: Axes, values: Literal["x", "y"] = "y") -> None:
+    """A quiet frame: two axes, and faint lines to read `values` by."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#d8dee4", linewidth=0.8)
+    axes.grid(axis=values, color="#d8dee4", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
@@ -163,7 +187,7 @@ def _plot(document: Mapping[str, Any]) -> Markup | None:
         axes.set_xlabel("payment")
         axes.set_ylabel("total ε after it")
         bare(axes)
-        axes.legend(loc="upper left", frameon=False, fontsize=9)
+        figure.legend(loc="outside lower center", frameon=False, fontsize=9, ncols=3)
         return svg(figure)
 
 
@@ -226,17 +250,22 @@ def _federation_row(federation: Mapping[str, Any]) -> list[str]:
 def _entry_row(entry: Mapping[str, Any]) -> list[str]:
     return [
         str(entry["number"]),
-        entry["at"].replace("+00:00", "").replace("T", " "),
+        _moment(entry["at"]),
         "this one" if entry["this"] else _short(entry["federation"]),
         entry["state"],
         str(entry["round"]),
         entry["kind"],
         str(entry["patients"]),
         str(entry["steps"]),
-        *(_number(entry[key]) for key in ("noise_multiplier", "sampling_rate", "clip")),
+        *(_cell(entry[key]) for key in ("noise_multiplier", "sampling_rate", "clip")),
         f"{entry['epsilon']:.3f}",
-        _number(entry["delta"]),
-    ]  # type: ignore[list-item]
+        _cell(entry["delta"]),
+    ]
+
+
+def _moment(at: str) -> str:
+    """A time in UTC as people write it."""
+    return at.replace("+00:00", "").replace("T", " ")
 
 
 def _short(federation: str) -> str:
@@ -248,18 +277,18 @@ def _number(value: float | None) -> str | None:
     return None if value is None else f"{value:.4g}"
 
 
+def _cell(value: float | None) -> str:
+    return _number(value) or ""
+
+
 def _safe(text: object) -> str:
     return escape(plain(str(text), 2000))
 
 
-def _table(terminal: bool, headings: Sequence[str], *, heading: bool = True) -> Table:
-    table = Table(box=ROUNDED if terminal else ASCII2, show_header=heading)
+def new_table(terminal: bool, headings: Sequence[str], *, left: int = 1) -> Table:
+    """Without a terminal nothing is wrapped or cut. The first `left` columns hold text, not numbers."""
+    table = Table(box=ROUNDED if terminal else ASCII2, show_header=any(headings))
     for index, name in enumerate(headings):
-        numeric = heading and index not in (0, 1, 2, 3)
-        table.add_column(
-            name,
-            justify="right" if numeric else "left",
-            no_wrap=not terminal,
-            overflow="fold",
-        )
+        justify: Literal["left", "right"] = "left" if index < left else "right"
+        table.add_column(name, justify=justify, no_wrap=not terminal, overflow="fold")
     return table

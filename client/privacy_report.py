@@ -50,8 +50,10 @@ PROTECTED_FROM = (
     "the coordinator's server, which sees every update of this site by itself",
     "the other sites",
     "the public, and whoever gets the model, whatever they do with it later",
-    "all of them together: the noise is added here, before anything leaves, so nobody outside needs "
-    "to be trusted",
+    (
+        "all of them together: the noise is added here, before anything leaves, so nobody outside "
+        "needs to be trusted"
+    ),
 )
 NOT_PROTECTED_FROM = ("this hospital itself, which has the scans",)
 DONE_STATE, RUNNING_STATE, BROKEN_STATE = "carried through", "in progress", "interrupted"
@@ -348,7 +350,9 @@ def _released(s: _Sources) -> tuple[dict[str, Any], list[str]]:
         "metrics": {way: metrics[way] for way in (WITHHELD, NOISED, EXACT)},
         "subjects_behind_metrics": sorted(set(behind)),
         "site_size": {
-            key: numbers[key] for key in ("n_training", "n_held_out", "n_left_out") if key in numbers
+            key: numbers[key]
+            for key in ("n_training", "n_held_out", "n_left_out")
+            if key in numbers
         },
         "error_texts": sum(left["kind"] == ERROR for left in s.sent),
     }
@@ -461,33 +465,36 @@ def _meaning(s: _Sources, spent: Mapping[str, Any]) -> list[str]:
 def in_words(epsilon: float, delta: float) -> list[str]:
     """What (epsilon, delta) lets anybody find out, and how much that is worth."""
     if epsilon <= 1:
-        worth = "This is a strong guarantee."
+        worth = "a strong guarantee."
     elif epsilon <= 3:
-        worth = "This is a moderate guarantee."
+        worth = "a moderate guarantee."
     elif epsilon <= 10:
         worth = (
-            "This is a weak worst-case guarantee: alone it does not rule out that participation can "
-            "be told in most cases."
+            "a weak worst-case guarantee: alone it does not rule out that participation can be told "
+            "in most cases."
         )
     else:
         worth = (
-            "This is next to no guarantee by itself: in the worst case participation could be told "
-            "almost for sure."
+            "next to no guarantee by itself: in the worst case participation could be told almost "
+            "for sure."
         )
-    return [
-        "Somebody for whom it is a toss-up beforehand (50 %) whether a certain patient took part, "
-        "and who then sees everything that this site released with privacy and knows all other "
-        "patients, is right about it afterwards in at most "
-        f"{_percent(right_at_most(epsilon, delta))} of cases. A test with "
-        f"{FALSE_ALARMS:.0%} false alarms finds at most {_percent(found_at_most(epsilon, delta))} of "
-        "those who took part.",
-        worth,
-        "Attacks that people have tried on models trained with noise usually find far less than "
-        "such bounds allow. That is experience, not a guarantee: the bound also holds for attacks "
-        "that nobody has tried yet. A smaller epsilon is stronger.",
+    guesses = (
+        "Somebody for whom it is a toss-up beforehand (50 %) whether a certain patient took part, and "
+        "who then sees everything that this site released with privacy and knows all other patients, "
+        f"is right about it afterwards in at most {_percent(right_at_most(epsilon, delta))} of cases. "
+        f"A test with {FALSE_ALARMS:.0%} false alarms finds at most "
+        f"{_percent(found_at_most(epsilon, delta))} of those who took part."
+    )
+    attacks = (
+        "Attacks that people have tried on models trained with noise usually find far less than such "
+        "bounds allow. That is experience, not a guarantee: the bound also holds for attacks that "
+        "nobody has tried yet. A smaller epsilon is stronger."
+    )
+    rest = (
         f"Delta {delta:.3g} is the probability for which the above promises nothing. It should be "
-        "well below one in the number of patients; by default it is a tenth of that.",
-    ]
+        "well below one in the number of patients; by default it is a tenth of that."
+    )
+    return [guesses, f"An epsilon of {epsilon:.3g} is {worth}", attacks, rest]
 
 
 def _percent(share: float) -> str:
@@ -535,7 +542,7 @@ def _about_ledger(s: _Sources) -> dict[str, Any] | None:
     if s.anchored:
         checked += ", and it goes on from where this folder last saw it"
     return {
-        "path": str(s.ledger.path),
+        "path": str(s.ledger.path.resolve()),
         "id": s.ledger.id,
         "entries": len(s.ledger.entries),
         "head": s.ledger.head,
@@ -569,7 +576,7 @@ def _not_covered(
         same = sum(entry["same_patients"] for entry in unprotected)
         rounds = (
             f"{_many(len(unprotected), 'round')} WITHOUT differential privacy are in the ledger "
-            f"(listed below), {same} of them on patients who also have rounds with privacy. For "
+            f"and listed here, {same} of them on patients who also have rounds with privacy. For "
             "those patients the epsilon covers the private rounds only."
         )
     listed = {
@@ -625,4 +632,3 @@ def _many(count: int, what: str, plural: str = "s") -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-

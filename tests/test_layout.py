@@ -20,7 +20,7 @@ MAY_IMPORT = {
 }
 HEAVY = (
     *("torch", "monai", "flwr", "numpy", "scipy", "nibabel", "pydantic", "ray", "opacus"),
-    "cryptography",
+    *("cryptography", "matplotlib", "jinja2"),
 )
 # reading and checking scans must not wait for torch
 WITHOUT_TORCH = (

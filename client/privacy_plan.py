@@ -1,0 +1,415 @@
+"""Before joining: how much noise a privacy budget asks for here, and whether anything can be learned.
+
+The noise is calibrated as `client.budget` would for patients of whom nothing has been spent. It is
+set against the most that the patients' clipped gradients could add up to, which real ones never do:
+a ratio that is bad here is worse in training. The verdicts are rules of thumb, not measurements of
+this site's data. Nothing is read but names of files, and nothing is sent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.console import Group
+from rich.markup import escape
+
+from client.accounting import NotAffordable, Steps, accountant_name, epsilon, noise_multiplier
+from client.budget import default_delta
+from client.consent import accepted_terms, proposed_terms
+from client.hospital import HospitalFolder
+from client.privacy import NotProtectable, require_protectable
+from client.privacy_page import COLOURS, LIMIT_COLOUR, SVG_SETTINGS, bare, new_table
+from client.site_config import PrivacyBudget, load_site_config
+from common.config import FederationConfig
+from common.config_file import load_config
+from common.files import write_atomically
+from common.invitation import read_invitation
+from common.model import network_for
+from common.progress import track
+from sites.holdout import divide
+from sites.institutions import grades_of
+from sites.patients import patients_of
+from sites.subject import discover
+
+EPSILONS = 20.0, 8.0, 3.0
+FROM_SCRATCH, PRE_TRAINED = 1.5, 3.0
+"""Largest noise over signal of a whole run with which training from scratch, and training on from a
+pre-trained model, did better than nothing. From runs on small synthetic tumours: from scratch 1.2
+learned, 2.3 and 3.1 did not; from a pre-trained model 2.3 still gained. Nobody's clinical data."""
+LEARNS, CONTINUES, DROWNS = "yes", "only from a pre-trained model", "no: the noise drowns it"
+POINTS = 6  # rounds at which the course of epsilon is told, and the last
+ROUGH = 0.01  # error of epsilon between the first round and the last, ten times as quick
+BATCH = 4.0  # patients, of the recipe with small batches
+
+
+class NothingToPlan(ValueError):
+    """It is not known how many patients there are; the text says what to do."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a site would train: `steps` noisy steps in each of `rounds` rounds, `batch` patients a step
+    on average (None: all of them), with a network of `parameters` trained values."""
+
+    name: str
+    rounds: int
+    steps: int
+    batch: float | None
+    parameters: int
+
+    def rate(self, patients: int) -> float:
+        return 1.0 if self.batch is None else min(1.0, self.batch / patients)
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Patients that would train here; `held_out` is None where nothing says who is held out."""
+
+    training: int
+    held_out: int | None
+    source: str
+
+
+def cohort_of(hospital: HospitalFolder, config: FederationConfig | None) -> Cohort:
+    """Count the patients in the hospital's data folder by the names of its files.
+
+    Without a federation's configuration nobody is held out.
+
+    Raises:
+        NothingToPlan: no subject is there.
+        PatientsError, SplitError: a csv file in the folder cannot be followed.
+        ConfigError: site.yaml cannot be read.
+    """
+    data = load_site_config(hospital.config).data
+    subjects = discover(data).subjects
+    if not subjects:
+        raise NothingToPlan(
+            f"{data}: no subject was found. Correct `data` in site.yaml, or give --patients."
+        )
+    patients = patients_of(subjects, data)
+    if config is None:
+        return Cohort(len(set(patients.values())), None, str(data))
+    training, held_out = divide(
+        [subject.id for subject in subjects],
+        grades_of(subjects, data),
+        patients,
+        seed=config.seed,
+        fraction=config.held_out_fraction,
+    )
+    n_training = len({patients[subject] for subject in training})
+    n_held_out = len({patients[subject] for subject in held_out})
+    if not n_training:
+        raise NothingToPlan(f"{data}: all {n_held_out} patients are held out, so nobody trains.")
+    return Cohort(n_training, n_held_out, str(data))
+
+
+def config_of(hospital: HospitalFolder) -> FederationConfig | None:
+    """Of the federation that this folder belongs to or is invited to.
+
+    Raises:
+        BadTerms, NotAccepted, BadInvitation: what is there cannot be read.
+    """
+    terms = proposed_terms(hospital) or accepted_terms(hospital)
+    if terms is None and hospital.invitation.exists():
+        terms = read_invitation(hospital.invitation).terms
+    return terms.config if terms else None
+
+
+def budget_of(hospital: HospitalFolder) -> PrivacyBudget | None:
+    """Raises ConfigError: site.yaml cannot be read."""
+    privacy = load_site_config(hospital.config).privacy
+    return None if privacy == "off" else privacy
+
+
+def parameters_of(config: FederationConfig) -> int:
+    """How many values of the federation's network are trained."""
+    return sum(p.numel() for p in network_for(config).parameters() if p.requires_grad)
+
+
+def plan_document(
+    cohort: Cohort,
+    config: FederationConfig,
+    recipe: Recipe,
+    epsilons: Sequence[float],
+    delta: float | None,
+    compared_at: float,
+) -> dict[str, Any]:
+    """The plan as plain JSON types: the recipe at each epsilon, and others at `compared_at`."""
+    n = cohort.training
+    delta = default_delta(n) if delta is None else delta
+    others = _recipes(n, recipe)
+    work = [*((recipe, e) for e in epsilons), *((other, compared_at) for other in others)]
+    found = [
+        _forecast(one, n, e, delta)
+        for one, e in track(work, "calibrating the noise", len(work), "plans")
+    ]
+    plans, compared = found[: len(epsilons)], found[len(epsilons) :]
+    courses = [
+        _course(recipe, n, plan["noise_multiplier"], plan["epsilon"], delta)
+        for plan in track(plans, "epsilon of each round", len(plans), "plans")
+    ]
+    return {
+        "patients": n,
+        "held_out": cohort.held_out,
+        "counted_in": cohort.source,
+        "delta": delta,
+        "accountant": accountant_name(),
+        "recipe": {**vars(recipe), "sampling_rate": recipe.rate(n), "clip": config.privacy.clip},
+        "network": {
+            "name": config.network.name,
+            "norm": config.network.norm,
+            "channels": list(config.network.channels),
+        },
+        "not_protectable": _obstacle(config),
+        "plans": [{**plan, "course": course} for plan, course in zip(plans, courses, strict=True)],
+        "compared_at": compared_at,
+        "compared": compared,
+        "advice": _advice(n, delta, config, plans, compared),
+    }
+
+
+def _recipes(patients: int, recipe: Recipe) -> list[Recipe]:
+    """What the plan is compared with."""
+    whole = [
+        Recipe(f"all patients in every step, {rounds} rounds", rounds, 1, None, recipe.parameters)
+        for rounds in (10, 20, 50)
+    ]
+    steps = max(1, math.ceil(patients / BATCH))
+    batches = Recipe(
+        f"batches of {BATCH:g}, 10 rounds of {steps} steps", 10, steps, BATCH, recipe.parameters
+    )
+    preset = load_config(preset="private")
+    private = Recipe(
+        "preset private",
+        preset.rounds.number,
+        preset.privacy.steps,
+        preset.privacy.expected_batch,
+        parameters_of(preset),
+    )
+    recipes = [*whole, batches]
+    for index, one in enumerate(recipes):
+        if one == replace(private, name=one.name):
+            recipes[index] = replace(one, name=f"{one.name} (preset private)")
+            return recipes
+    return [*recipes, private]
+
+
+def _forecast(recipe: Recipe, patients: int, budget: float, delta: float) -> dict[str, Any]:
+    """The noise of a recipe, against the largest sum of clipped gradients: C q N a step.
+
+    Over a run of T steps the noise grows with sqrt(T) and that sum with T.
+    """
+    rate, total = recipe.rate(patients), recipe.steps * recipe.rounds
+    told: dict[str, Any] = {
+        "recipe": recipe.name,
+        "epsilon": budget,
+        "rounds": recipe.rounds,
+        "steps": recipe.steps,
+        "sampling_rate": rate,
+        "parameters": recipe.parameters,
+        "noise_multiplier": None,
+        "noise_per_coordinate": None,
+        "noise_to_signal": None,
+        "noise_to_signal_of_run": None,
+        "sites_needed": None,
+        "verdict": DROWNS,
+        "why_not": "",
+    }
+    try:
+        sigma = noise_multiplier(budget, delta, sampling_rate=rate, steps=total)
+    except NotAffordable as error:
+        return {**told, "why_not": str(error)}
+    per_step = sigma * math.sqrt(recipe.parameters) / (rate * patients)
+    of_run = per_step / math.sqrt(total)
+    return {
+        **told,
+        "noise_multiplier": sigma,
+        "noise_per_coordinate": sigma / (rate * patients),
+        "noise_to_signal": per_step,
+        "noise_to_signal_of_run": of_run,
+        # an average over k sites alike has the noise of one divided by sqrt(k)
+        "sites_needed": math.ceil((of_run / FROM_SCRATCH) ** 2),
+        "verdict": verdict(of_run),
+    }
+
+
+def verdict(of_run: float) -> str:
+    """What can be hoped for at one site alone with this much noise over signal in a whole run."""
+    if of_run <= FROM_SCRATCH:
+        return LEARNS
+    return CONTINUES if of_run <= PRE_TRAINED else DROWNS
+
+
+def _course(
+    recipe: Recipe, patients: int, sigma: float | None, budget: float, delta: float
+) -> list[tuple[int, float]]:
+    """(round, epsilon after it); never above what the whole plan costs."""
+    if sigma is None:
+        return []
+    last = recipe.rounds
+    rounds = sorted({1, last, *(round(last * part / POINTS) for part in range(1, POINTS))} - {0})
+    step = Steps(sigma, recipe.rate(patients), recipe.steps)
+    course = [
+        (r, min(budget, epsilon([replace(step, steps=recipe.steps * r)], delta, ROUGH)))
+        for r in rounds[:-1]
+    ]
+    return [*course, (last, epsilon([replace(step, steps=recipe.steps * last)], delta))]
+
+
+def _obstacle(config: FederationConfig) -> str:
+    """Why this network or loss cannot be trained privately at all; empty if it can."""
+    try:
+        require_protectable(network_for(config), config)
+    except NotProtectable as error:
+        return str(error)
+    return ""
+
+
+def _advice(
+    patients: int,
+    delta: float,
+    config: FederationConfig,
+    plans: Sequence[Mapping[str, Any]],
+    compared: Sequence[Mapping[str, Any]],
+) -> list[str]:
+    """Plain words about the plans, the compared recipes, and what would help."""
+    advice = []
+    if obstacle := _obstacle(config):
+        advice.append(f"Nothing of this can be used as it is: {obstacle}")
+    for plan in plans:
+        begin = f"With {patients} patients and epsilon {plan['epsilon']:g}"
+        if plan["noise_multiplier"] is None:
+            advice.append(f"{begin} the plan cannot be paid for: {plan['why_not']}")
+            continue
+        times = f"the noise of a step is {_times(plan['noise_to_signal'])} the signal"
+        alone = {
+            LEARNS: "something can be learned, even from scratch.",
+            CONTINUES: "nothing can be learned from scratch here alone; a pre-trained model may gain.",
+            DROWNS: "nothing can be learned from scratch here alone, and a pre-trained model would "
+            "hardly gain.",
+        }[plan["verdict"]]
+        advice.append(f"{begin} {times}: {alone}{_together(plan)}")
+    if any(plan["verdict"] != LEARNS for plan in plans):
+        advice.append(
+            "What helps, in this order: begin from a model pre-trained on public or synthetic data "
+            "(the coordinator's server.init_from), more sites, fewer rounds with all patients in "
+            "every step, a smaller network (noise grows with the root of its parameters)."
+        )
+    usable = [c for c in compared if c["verdict"] != DROWNS]
+    if usable:
+        best = min(usable, key=lambda c: c["noise_to_signal_of_run"])
+        advice.append(
+            f"Least noise at epsilon {best['epsilon']:g}: {best['recipe']} with "
+            f"{best['parameters']:,} parameters ({best['verdict']})."
+        )
+    if delta * patients > 0.5:
+        advice.append(
+            f"Delta {delta:.3g} is too large for {patients} patients: take less than 1/N."
+        )
+    return advice
+
+
+def _together(plan: Mapping[str, Any]) -> str:
+    if plan["verdict"] == LEARNS:
+        return ""
+    return f" About {plan['sites_needed']:,} such sites together could begin from scratch."
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.0f} times" if ratio >= 10 else f"{ratio:.2g} times"
+
+
+# ---------------------------------------------------------------------------------- how it looks
+
+
+def plan_table(document: Mapping[str, Any], *, terminal: bool) -> Group:
+    """For a terminal or a pipe."""
+    r = document["recipe"]
+    held = "" if document["held_out"] is None else f", {document['held_out']} more held out"
+    every = "all of them" if r["sampling_rate"] == 1 else f"q {r['sampling_rate']:.3g}"
+    steps = "1 step" if r["steps"] == 1 else f"{r['steps']} steps"
+    numbers = "sigma", "a coordinate", "noise/signal a step", "of the run", "sensible here alone?"
+    plans = new_table(terminal, ("epsilon", *numbers), left=0)
+    compared = new_table(terminal, ("recipe", "parameters", *numbers))
+    for table in (plans, compared):
+        table.columns[-1].justify = "left"
+    for plan in document["plans"]:
+        plans.add_row(f"{plan['epsilon']:g}", *_cells(plan))
+    for one in document["compared"]:
+        compared.add_row(escape(one["recipe"]), f"{one['parameters']:,}", *_cells(one))
+    budgets = [f"of {plan['epsilon']:g}" for plan in document["plans"]]
+    course = new_table(terminal, ("after round", *budgets), left=0)
+    told = [dict(plan["course"]) for plan in document["plans"]]
+    for round_ in sorted(set().union(*told)):
+        course.add_row(str(round_), *(f"{c[round_]:.2f}" if round_ in c else "" for c in told))
+    return Group(
+        escape(
+            f"{document['patients']} patients train ({document['counted_in']}{held}), delta "
+            f"{document['delta']:.3g}; {r['rounds']} rounds of {steps} on {every}; "
+            f"{document['network']['name']} with {r['parameters']:,} parameters"
+        ),
+        plans,
+        "Epsilon after each round",
+        course,
+        f"Other ways, at epsilon {document['compared_at']:g}",
+        compared,
+        *(f"  {escape(text)}" for text in document["advice"]),
+        "Noise/signal: the noise's norm over the most that clipped gradients can add up to; real ones "
+        "are smaller. Rules of thumb from synthetic data; nothing spent before is counted.",
+    )
+
+
+def _cells(plan: Mapping[str, Any]) -> tuple[str, ...]:
+    keys = ("noise_multiplier", "noise_per_coordinate", "noise_to_signal", "noise_to_signal_of_run")
+    return (*("-" if plan[key] is None else f"{plan[key]:.3g}" for key in keys), plan["verdict"])
+
+
+def write_plot(document: Mapping[str, Any], path: Path) -> None:
+    """Epsilon over the rounds, and noise over signal of the recipes; SVG or PNG by the file's name.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with matplotlib.rc_context(SVG_SETTINGS):
+        figure = Figure(figsize=(11, 3.8), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for index, plan in enumerate(document["plans"]):
+            if plan["course"]:
+                colour = COLOURS[index % len(COLOURS)]
+                label = f"ε {plan['epsilon']:g}, σ {plan['noise_multiplier']:.3g}"
+                left.plot(*zip(*plan["course"], strict=True), marker="o", color=colour, label=label)
+        left.set_xlabel("round")
+        left.set_ylabel("ε after it")
+        left.set_ylim(bottom=0)
+        left.xaxis.set_major_locator(MaxNLocator(integer=True))
+        left.set_title(f"{document['patients']} patients, δ {document['delta']:.3g}", fontsize=10)
+        bare(left)
+        left.legend(frameon=False)
+        known = [c for c in document["compared"] if c["noise_to_signal_of_run"] is not None]
+        right.barh(
+            [c["recipe"] for c in known],
+            [c["noise_to_signal_of_run"] for c in known],
+            color=COLOURS[0],
+            height=0.55,
+        )
+        right.invert_yaxis()
+        for limit, what, line in (
+            (FROM_SCRATCH, "from scratch", ":"),
+            (PRE_TRAINED, "from a pre-trained model", "--"),
+        ):
+            right.axvline(limit, color=LIMIT_COLOUR, linestyle=line, label=f"may learn {what}")
+        right.set_xlim(left=0)
+        right.set_xlabel(f"noise/signal of a run, ε {document['compared_at']:g}")
+        bare(right, "x")
+        right.legend(
+            frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2
+        )
+        kind = path.suffix[1:].lower()
+        write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind, dpi=150))
