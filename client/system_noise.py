@@ -2,10 +2,10 @@
 
 Nothing here can be seeded: whoever knows a seed can subtract the noise. Each call takes a fresh
 256-bit key from the system and expands it with AES in counter mode; the bits become Gaussians by
-the Box-Muller transform in float64. Each value is half the sum of four Gaussians of four different
-pairs, so that the last bits of a value do not betray which float the noise was (Mironov 2012;
-Holohan and Braghin 2021, arXiv:2107.10138: the method of Opacus' secure mode, whose own generator
-no longer installs).
+the Box-Muller transform, a float64 length times a float32 direction, so that each has all the bits
+of a float64. Each value is half the sum of four Gaussians of four different pairs, so that the last
+bits of a value do not betray which float the noise was (Mironov 2012; Holohan and Braghin 2021,
+arXiv:2107.10138: the method of Opacus' secure mode, whose own generator no longer installs).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 import os
 import secrets
 
+import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
@@ -54,11 +55,22 @@ def _gaussians(bits: torch.Tensor, size: int, deviation: float) -> torch.Tensor:
     """`size` values of N(0, deviation^2) in float64 from `_WORDS` times as many random words."""
     radius, angle = bits.view(_WORDS, size).double().mul_(_UNIT).split(2)  # inside -1/2 .. 1/2
     # half a Gaussian's deviation each: four of them make one of the whole
-    radius = radius.add_(0.5).log_().mul_(-0.5 * deviation**2).sqrt_()
-    angle = angle.mul_(2 * math.pi)
-    along, across = angle.cos().mul_(radius), angle.sin_().mul_(radius)
+    radius = _apply("sqrt", _apply("log", radius.add_(0.5)).mul_(-0.5 * deviation**2))
+    angle = angle.float().mul_(2 * math.pi)  # float32 takes a quarter of the time
+    cosine, sine = _apply("cos", angle.clone()), _apply("sin", angle)
+    along, across = radius * cosine, radius.mul_(sine)
     # the sines of other pairs than the cosines', so that four pairs meet in each value
     return along[0].add_(along[1]).add_(across[0].roll(1)).add_(across[1].roll(2))
+
+
+def _apply(function: str, values: torch.Tensor) -> torch.Tensor:
+    """In place. On a CPU numpy's, which are two to three times as fast as torch's on AMD."""
+    if values.is_cpu:
+        array = values.numpy()
+        getattr(np, function)(array, out=array)
+    else:
+        getattr(torch, function)(values, out=values)
+    return values
 
 
 def _dense(values: torch.Tensor) -> bool:
