@@ -58,6 +58,8 @@ def simulate(
 ) -> Result:
     """Run the federation, or continue it where it was interrupted.
 
+    A relative `server.init_from` is meant from the working directory.
+
     Raises:
         ConfigError: `out` holds a run with another configuration, or something else; or the weights
             to begin with cannot be used.

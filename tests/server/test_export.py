@@ -225,6 +225,9 @@ def test_the_card_says_whose_metrics_chose_the_round(folder, tmp_path):
     assert card["released"] == some
     assert "on the held-out subjects of the sites that release it" in text
     assert "b: withheld, by its own choice. only-evaluates: noised, by its own choice." in text
+    change_rounds(folder, lambda r: (replace(r, released={"b": "noised"}), ()))
+    card, _ = card_of(folder, tmp_path / "worst", worst_site=True)
+    assert card["released"] == {"b": "noised"}, "those of its own round"
 
 
 def test_the_card_tells_the_weights_a_run_began_from_and_the_moving_average(folder, tmp_path):

@@ -209,7 +209,10 @@ def test_a_warning_compares_with_the_last_statement_that_told_and_not_only_the_o
         given(silent, METRICS),
         given(private(3, entries=1, epsilon=0.1)),
     ]
-    assert len(only_site(tmp_path, statements, trained=(2, 3))["warnings"]) == 2
+    assert only_site(tmp_path, statements, trained=(2, 3))["warnings"] == [
+        "round 3, training: its ledger has 1 entries, before it had 2.",
+        "round 3, training: epsilon fell from 1 to 0.1.",
+    ]
 
 
 def test_a_statement_of_another_version_is_said_and_its_round_counts_as_unknown(tmp_path):
