@@ -15,7 +15,9 @@ from typing import Any
 import yaml
 
 from client.hospital import HospitalFolder
+from client.site_config import PrivacyBudget, SiteConfig
 from common.code_hash import code_hash
+from common.config import FederationConfig
 from common.files import write_text_atomically
 from common.invitation import Invitation
 from common.terms import Terms, changes, terms_from
@@ -94,8 +96,8 @@ def require_same_code(terms: Terms) -> None:
         )
 
 
-def sheet(terms: Terms, invitation: Invitation) -> str:
-    """The consent sheet: everything that matters, in plain words."""
+def sheet(terms: Terms, invitation: Invitation, settings: SiteConfig) -> str:
+    """The consent sheet: everything that matters, in plain words, with this site's own settings."""
     c = terms.config
     t, r = c.training, c.rounds
     updates = (
@@ -125,8 +127,7 @@ CONSENT SHEET of federation "{c.name}" ({terms.federation}) for {invitation.site
   What leaves this building, and nothing else:
    - after each round, the network's weights ({updates})
    - this site's name, and the numbers of its training, held-out and left-out subjects
-   - the mean training loss, seconds and throughput of each round
-   - means of the metrics over the held-out subjects, with the number of subjects behind each
+{_numbers(settings.privacy)}
    - the text of an error or refusal, free of paths and data; that the farewell was heard
    - as with any connection: this machine's address, when it is connected, this site's public key,
      the versions of the programs, and the fingerprint of the configuration
@@ -134,15 +135,58 @@ CONSENT SHEET of federation "{c.name}" ({terms.federation}) for {invitation.site
   earlier round than the last.
   What stays: every scan, segmentation and subject id; results of single subjects.
 
-  Privacy       NO differential privacy and NO secure aggregation. Weights and means can reveal
-                facts about training data to the coordinator and to whoever gets the model. A mean
-                over a single held-out subject is that subject's result.
+{_privacy(settings.privacy, c)}
 
   Everything that the yes covers:
 {_listed(terms)}
 
   Hash of these terms: {terms.hash()}
 """
+
+
+def _numbers(privacy: PrivacyBudget | None) -> str:
+    """Which numbers leave beside the weights."""
+    if privacy is None:
+        return """\
+   - the mean training loss, seconds and throughput of each round
+   - means of the metrics over the held-out subjects, with the number of subjects behind each
+   - the signed statement that this site trains without differential privacy"""
+    metrics = {
+        "withheld": "no metric: results of held-out subjects are withheld (site.yaml)",
+        "noised": "noised mean Dice of the held-out subjects, within the privacy budget",
+        "exact": "means of the metrics over the held-out subjects, exact, outside of the budget",
+    }
+    return f"""\
+   - no loss, time or throughput of training, for they depend on the patients
+   - {metrics[privacy.metrics]}
+   - a signed statement of the privacy spent: epsilon, noise, steps, state of the ledger"""
+
+
+def _privacy(privacy: PrivacyBudget | None, config: FederationConfig) -> str:
+    if privacy is None:
+        return """\
+  Privacy       NO differential privacy (privacy: off in site.yaml) and NO secure aggregation.
+                Weights and means can reveal facts about training data to the coordinator and to
+                whoever gets the model. A mean over a single held-out subject is that subject's
+                result."""
+    delta = "1/(10 N)" if privacy.delta is None else f"{privacy.delta:g}"
+    recipe = config.privacy
+    sample = (
+        "every patient"
+        if recipe.expected_batch is None
+        else f"on average {recipe.expected_batch:g} patients, drawn at random,"
+    )
+    text = f"""\
+  Privacy       differential privacy for every patient of this site: at most epsilon
+                {privacy.epsilon:g} at delta {delta}, over all federations together (site.yaml).
+                {recipe.steps} noisy steps a round with {sample} in each.
+                The noise is added here, so it holds against the coordinator, the other sites and
+                whoever gets the model. NO secure aggregation: the coordinator sees this site's own
+                noisy update. What is not covered: fed-client privacy-report, docs/privacy.md"""
+    if config.network.norm == "batch":
+        text += """
+                This federation's network (norm: batch) CANNOT be protected: join will refuse."""
+    return text
 
 
 def _listed(terms: Terms) -> str:

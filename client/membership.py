@@ -17,6 +17,7 @@ from common.console import failing_in_words, start_logging
 
 if TYPE_CHECKING:
     from client.hospital import HospitalFolder
+    from client.site_config import SiteConfig
     from common.invitation import Invitation
     from common.terms import Terms
 
@@ -52,7 +53,7 @@ def join(
         with locked(hospital.lock):
             settings = load_site_config(hospital.config)
             invited = _invitation(hospital, invitation)
-            _consent(hospital, invited, accept)
+            _consent(hospital, invited, settings, accept)
             facts = {"site": invited.site, "coordinator": invited.address}
             try:
                 with display(hospital.status, **facts) as shown:
@@ -82,17 +83,19 @@ def review(folder: Folder, accept: Accept = "") -> None:
     with _failing():
         from client.consent import NotAccepted, accepted_terms, difference, sheet
         from client.hospital import load_hospital
+        from client.site_config import load_site_config
 
         hospital = load_hospital(folder)
+        settings = load_site_config(hospital.config)
         invited = _invitation(hospital, None)
         before = accepted_terms(hospital)
         terms = _pending(hospital, invited)
         if terms is None:
             assert before is not None
-            print(sheet(before, invited))
+            print(sheet(before, invited, settings))
             print("These terms are accepted; nothing else awaits an answer.")
             return
-        print(sheet(terms, invited))
+        print(sheet(terms, invited, settings))
         if before is not None:
             print(f"Changed since the last yes:\n{difference(before, terms)}\n")
         if not _agree(hospital, terms, accept):
@@ -212,7 +215,9 @@ def _pending(hospital: HospitalFolder, invited: Invitation) -> Terms | None:
     return invited.terms if accepted_terms(hospital) is None else None
 
 
-def _consent(hospital: HospitalFolder, invited: Invitation, accept: str) -> None:
+def _consent(
+    hospital: HospitalFolder, invited: Invitation, settings: SiteConfig, accept: str
+) -> None:
     """Nothing leaves before there is a yes.
 
     Raises:
@@ -226,7 +231,7 @@ def _consent(hospital: HospitalFolder, invited: Invitation, accept: str) -> None
     # a new invitation may hold changed terms, which the coordinator has not proposed otherwise yet
     offered = [terms for terms in (_pending(hospital, invited), invited.terms) if terms is not None]
     terms = next((terms for terms in offered if is_hash_of(accept, terms)), offered[0])
-    print(sheet(terms, invited))
+    print(sheet(terms, invited, settings))
     if not _agree(hospital, terms, accept):
         raise NotAccepted(
             "Nothing has left this building: the terms above are not accepted. "

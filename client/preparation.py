@@ -76,7 +76,7 @@ def prepare_hospital(name: str, settings: SiteConfig, state: Path, terms: Terms)
         findings=findings,
         patients=patients,
         federation=terms.federation,
-        budget=None if settings.privacy == "off" else settings.privacy,
+        budget=settings.privacy,
         ledger=settings.privacy_ledger,
     )
     warnings = sum(finding.severity == "warning" for finding in findings)

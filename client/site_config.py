@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, field_validator
+from pydantic import Field, PositiveFloat, field_serializer, field_validator
 
 from common.config import Section
 from common.config_file import read_yaml, validated
@@ -46,8 +46,8 @@ class SiteConfig(Section):
         24.0, description="how long join tries to reach the coordinator before it gives up"
     )
 
-    privacy: PrivacyBudget | Literal["off"] = Field(
-        "off",
+    privacy: PrivacyBudget | None = Field(
+        None,
         description="off, or this site's budget for differential privacy, for example "
         "{epsilon: 8, metrics: withheld}; see docs/privacy.md",
     )
@@ -59,7 +59,11 @@ class SiteConfig(Section):
     @field_validator("privacy", mode="before")
     @classmethod
     def _off(cls, value: object) -> object:
-        return "off" if value is False else value  # as YAML reads a bare off
+        return None if value in (False, "off") else value  # YAML reads a bare off as False
+
+    @field_serializer("privacy", when_used="json")
+    def _in_words(self, value: PrivacyBudget | None) -> object:
+        return "off" if value is None else value.model_dump(mode="json")
 
     @field_validator("device")
     @classmethod

@@ -114,7 +114,7 @@ def _prepare(folder: Path, name: str) -> dict[str, Any]:
     terms = accepted_terms(hospital)
     assert terms is not None
     network = network_for(terms.config)
-    if settings.privacy != "off":  # before hours go into preparing data
+    if settings.privacy is not None:  # before hours go into preparing data
         require_protectable(network, terms.config)
         with open_ledger(settings.privacy_ledger, None, write=False):
             pass

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -193,10 +193,12 @@ def _explained(error: ValidationError, model: type[BaseModel]) -> list[str]:
 def _field_names(model: type[BaseModel], location: Sequence[str]) -> list[str]:
     for part in location:
         field = model.model_fields.get(part)
-        if field is None or not isinstance(field.annotation, type):
+        kinds = () if field is None else (field.annotation, *get_args(field.annotation))
+        sections = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+        if not sections:  # a section may be optional, a value has none
             return []
-        model = field.annotation
-    return list(model.model_fields) if issubclass(model, BaseModel) else []
+        model = sections[0]
+    return list(model.model_fields)
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 import yaml
@@ -21,8 +22,11 @@ from client.consent import (
     sheet,
     withdraw,
 )
+from client.site_config import PrivacyBudget, SiteConfig
 from common.code_hash import code_hash
 from common.terms import BadTerms, Terms
+
+OFF = SiteConfig(data=Path("/data"))
 
 
 def words(text: str) -> str:
@@ -40,7 +44,7 @@ def refusal(action) -> str:
 
 def test_the_sheet_says_the_values_of_the_terms(terms, invitation):
     config = terms.config
-    text = words(sheet(terms, invitation))
+    text = words(sheet(terms, invitation, OFF))
     for value in (
         f'federation "{config.name}" ({terms.federation}) for Oslo',
         "Coordinator 127.0.0.1:1",
@@ -52,10 +56,38 @@ def test_the_sheet_says_the_values_of_the_terms(terms, invitation):
         "at most 3 rounds of 1 epochs",
         "30% of the subjects are held out",
         "its change since the round's model, rounded to 16-bit numbers",
-        "NO differential privacy and NO secure aggregation",
+        "NO differential privacy (privacy: off in site.yaml) and NO secure aggregation",
         f"Hash of these terms: {terms.hash()}",
     ):
         assert value in text, value
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        ("withheld", "no metric: results of held-out subjects are withheld"),
+        ("noised", "noised mean Dice of the held-out subjects, within the privacy budget"),
+        ("exact", "exact, outside of the budget"),
+    ],
+)
+def test_the_sheet_says_what_a_budget_promises_and_what_still_leaves(
+    terms, invitation, tiny_config, metrics, said
+):
+    budget = PrivacyBudget(epsilon=3.5, delta=1e-4, metrics=metrics)
+    on = SiteConfig(data=Path("/data"), privacy=budget)
+    text = words(sheet(terms, invitation, on))
+    assert "at most epsilon 3.5 at delta 0.0001, over all federations" in text
+    assert "1 noisy steps a round with every patient in each" in text
+    assert "NO differential privacy" not in text
+    assert "NO secure aggregation" in text
+    assert said in text
+    assert "no loss, time or throughput" in text
+    assert "mean training loss" not in text
+    assert "CANNOT" not in text
+    other = replace(terms, config=tiny_config("network.norm=batch", "privacy.expected_batch=2.5"))
+    text = words(sheet(other, invitation, on))
+    assert "CANNOT be protected: join will refuse" in text
+    assert "on average 2.5 patients, drawn at random" in text
 
 
 @pytest.mark.parametrize(
@@ -74,10 +106,10 @@ def test_the_sheet_says_the_values_of_the_terms(terms, invitation):
     ],
 )
 def test_the_sheet_follows_every_change(terms, invitation, tiny_config, key, value, said):
-    before = words(sheet(terms, invitation))
+    before = words(sheet(terms, invitation, OFF))
     assert said not in before
     other = replace(terms, config=tiny_config(f"{key}={value}"))
-    after = words(sheet(other, invitation))
+    after = words(sheet(other, invitation, OFF))
     assert said in after
     assert other.hash() in after
 
@@ -97,10 +129,11 @@ def test_the_sheet_names_everything_that_an_answer_holds(terms, invitation):
         "seconds": "seconds",
         "samples_per_second": "throughput",
         "weights": "the network's weights",
+        "statement": "the signed statement that this site trains without differential privacy",
         "metrics": "means of the metrics over the held-out subjects, with the number of subjects",
     }
-    no_fact_of_the_site = {"round", "config_fingerprint", "trains"}
-    text = words(sheet(terms, invitation)).partition("What leaves this building")[2]
+    no_fact_of_the_site = {"round", "config_fingerprint", "trains", "released"}
+    text = words(sheet(terms, invitation, OFF)).partition("What leaves this building")[2]
     sent = {f.name for answer in (SiteCard, SiteUpdate, SiteReport) for f in fields(answer)}
     assert sent == said.keys() | no_fact_of_the_site
     for words_ in said.values():
@@ -110,7 +143,7 @@ def test_the_sheet_names_everything_that_an_answer_holds(terms, invitation):
 def test_patches_are_told_with_their_size(terms, invitation, tiny_config):
     other = replace(terms, config=tiny_config("preprocess.mode=patches"))
     patch = " x ".join(map(str, other.config.training.patch))
-    assert f"patches of {patch} voxels" in words(sheet(other, invitation))
+    assert f"patches of {patch} voxels" in words(sheet(other, invitation, OFF))
 
 
 # ---------------------------------------------------------------------------------- the yes
@@ -214,6 +247,6 @@ def test_long_values_are_cut(terms, tiny_config):
 
 
 def test_the_sheet_lists_every_value_that_the_yes_covers(terms, invitation):
-    text = sheet(terms, invitation)
+    text = sheet(terms, invitation, OFF)
     listed = text.partition("Everything that the yes covers:\n")[2].partition("\n\n")[0]
     assert yaml.safe_load(listed) == json.loads(json.dumps(terms.config.agreed()))

@@ -176,7 +176,15 @@ def test_folders_in_the_settings_are_meant_from_the_file(folder, tmp_path):
     [
         ("", "`data` is missing"),
         ("dat: /x", "`dat` is not a known key; did you mean `data`?"),
-        ("data: /x\npolicy: {}", "valid here: data, device, cache, patience_hours"),
+        ("data: /x\nzzz: {}", "valid here: data, device, cache, patience_hours, privacy"),
+        ("data: /x\nprivacy: on", "`privacy`"),
+        ("data: /x\nprivacy: {}", "`privacy.epsilon` is missing"),
+        ("data: /x\nprivacy: {epsilon: 0}", "`privacy.epsilon`"),
+        ("data: /x\nprivacy: {epsilon: .inf}", "`privacy.epsilon`"),
+        ("data: /x\nprivacy: {epsilon: 1, delta: 1}", "`privacy.delta`"),
+        ("data: /x\nprivacy: {epsilon: 1, clip: -1}", "`privacy.clip`"),
+        ("data: /x\nprivacy: {epsilon: 1, metrics: all}", "`privacy.metrics`"),
+        ("data: /x\nprivacy: {epsilon: 1, sigma: 2}", "`privacy.sigma` is not a known key"),
         ("data: /x\ndevice: gpu", "`device`: must be auto, cpu, cuda"),
         ("data: /x\ndevice: 'cuda:0\\n'", "`device`: must be"),
         ("data: /x\npatience_hours: 0", "`patience_hours`"),
@@ -235,3 +243,31 @@ def test_what_cannot_be_done_is_said_in_words(tmp_path, arguments, code, said):
     assert (result.returncode, result.stdout) == (code, "")
     assert said in " ".join(result.stderr.replace("│", " ").split())
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("text", ["privacy: off", 'privacy: "off"', "privacy: false", ""])
+def test_privacy_is_off_until_it_is_asked_for(folder, text):
+    folder.config.write_text(f"data: /x\n{text}")
+    assert load_site_config(folder.config).privacy is None
+
+
+def test_a_budget_is_read_with_its_defaults(folder):
+    folder.config.write_text("data: /x\nprivacy: {epsilon: 8}\nprivacy_ledger: l.sqlite")
+    config = load_site_config(folder.config)
+    assert vars(config.privacy) == {
+        "epsilon": 8,
+        "delta": None,
+        "clip": None,
+        "metrics": "withheld",
+    }
+    assert config.privacy_ledger == folder.path / "l.sqlite"
+
+
+def test_init_makes_the_ledger_beside_the_folder_once_for_all_folders(tmp_path):
+    first = init_hospital(tmp_path / "a", "Oslo", tmp_path)
+    ledger = load_site_config(first.config).privacy_ledger
+    assert ledger.resolve() == tmp_path / "privacy-ledger.sqlite"
+    before = ledger.read_bytes()
+    second = init_hospital(tmp_path / "b", "Oslo", tmp_path)
+    assert load_site_config(second.config).privacy_ledger.resolve() == ledger.resolve()
+    assert ledger.read_bytes() == before, "a ledger that is there is kept"

@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 
 from client import consent, outbound
 from client.cli import app
+from client.site_config import load_site_config
 from common.files import lock_holder, locked
 from common.invitation import Invitation, read_invitation, write_invitation
 from common.keys import fingerprint, new_private_key
@@ -94,7 +95,7 @@ def test_without_a_terminal_nothing_begins_before_the_hash_is_given(
 ):
     result = command("join", hospital.path, "--invitation", letter)
     assert result.exit_code == 1
-    assert consent.sheet(terms, invitation) in result.stdout
+    assert consent.sheet(terms, invitation, load_site_config(hospital.config)) in result.stdout
     to_type = f"fed-client join {hospital.path} --accept {terms.hash()}"
     assert "Nothing has left this building" in result.stderr
     assert to_type in result.stderr
@@ -264,7 +265,7 @@ def test_review_shows_what_waits_and_what_changed(invited, invitation, terms, ti
     path = invited.path
     first = command("review", path)
     assert first.exit_code == 1
-    assert consent.sheet(terms, invitation) in first.stdout
+    assert consent.sheet(terms, invitation, load_site_config(invited.config)) in first.stdout
     assert "Changed since" not in first.stdout
     assert f"fed-client review {path} --accept {terms.hash()}" in first.stderr
 
@@ -278,7 +279,7 @@ def test_review_shows_what_waits_and_what_changed(invited, invitation, terms, ti
     changed = command("review", path)
     assert changed.exit_code == 1
     assert "Changed since the last yes:\n  rounds.number: 3 -> 9\n" in changed.stdout
-    assert consent.sheet(other, invitation) in changed.stdout
+    assert consent.sheet(other, invitation, load_site_config(invited.config)) in changed.stdout
     assert consent.accepted_terms(invited) == terms
     wrong = command("review", path, "--accept", terms.hash())
     assert wrong.exit_code == 1, "the old terms' hash is no yes to the new ones"
