@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("dp-utility"))
     parser.add_argument("--quick", action="store_true")
     asked = parser.parse_args()
-    subjects, rounds = (6, 2) if asked.quick else (40, 15)
+    subjects, rounds = (6, 2) if asked.quick else (40, 10)
     work: Path = asked.work
     for name, more in (("data", ()), ("public", ("--seed", "7", "--heterogeneity", "1.5"))):
         grid = ("--grid", "80", "80", "52")
