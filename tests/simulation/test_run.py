@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from client.evaluation import evaluate
 from client.site import load_site
+from common.config_file import load_config
 from common.files import locked
 from common.metrics import summarise
 from common.model import initial_weights, network_for
@@ -380,8 +381,6 @@ def results_of_split(data: Path) -> dict[str, list[str]]:
 def test_a_run_goes_on_with_the_threads_it_began_with(
     cohort_data, cohort_cache, tiny_arguments, tmp_path
 ):
-    from common.config_file import load_config
-
     out = tmp_path / "run"
     call = ["run", str(cohort_data), "--out", str(out), "--cache", str(cohort_cache)]
     fixed = [a for a in tiny_arguments if a != "training.threads=1"]
@@ -524,6 +523,8 @@ def test_a_run_begins_from_given_weights_and_goes_on_without_them(
         assert torch.allclose(model[name], tensor, rtol=0, atol=1e-6), name
     with History(tmp_path / "run" / "history.sqlite") as history:
         assert history.noted("init_from") == file_sha256(Path("start.safetensors"))
+    kept = load_config(tmp_path / "run" / "federation.yaml").server.init_from
+    assert kept == Path("start.safetensors").absolute()
     Path("start.safetensors").unlink()
     assert run(*begin, *still).exit_code == 0, "nothing is begun again"
     changed = run(*still)
