@@ -19,7 +19,8 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 SOURCE = "operating system (256-bit key per draw, AES-256-CTR, sum of four Gaussians)"
-BLOCK = 1 << 16  # values at a time: their float64 intermediates stay in the cache
+BLOCK = 1 << 14  # values at a time: they stay in the cache, and are too few for torch to share them
+# out among threads, which would wait for each other more often than they work
 _WORDS = 4  # of 64 bits for each value: two Box-Muller pairs
 _FEWEST = 4  # values at a time: fewer could not come from four different pairs
 _UNIT = 2.0**-64 * (1 - 2.0**-52)  # a word's; a little less than it, as log(0) is infinite
@@ -53,10 +54,11 @@ def system_sample(count: int, rate: float) -> list[int]:
 
 def _gaussians(bits: torch.Tensor, size: int, deviation: float) -> torch.Tensor:
     """`size` values of N(0, deviation^2) in float64 from `_WORDS` times as many random words."""
-    radius, angle = bits.view(_WORDS, size).double().mul_(_UNIT).split(2)  # inside -1/2 .. 1/2
+    radius, angle = bits.view(2, _WORDS // 2, size)
+    radius = radius.double().mul_(_UNIT).add_(0.5)  # inside 0 .. 1
     # half a Gaussian's deviation each: four of them make one of the whole
-    radius = _apply("sqrt", _apply("log", radius.add_(0.5)).mul_(-0.5 * deviation**2))
-    angle = angle.float().mul_(2 * math.pi)  # float32 takes a quarter of the time
+    radius = _apply("sqrt", _apply("log", radius).mul_(-0.5 * deviation**2))
+    angle = angle.float().mul_(2 * math.pi * _UNIT)  # float32 takes a quarter of the time
     cosine, sine = _apply("cos", angle.clone()), _apply("sin", angle)
     along, across = radius * cosine, radius.mul_(sine)
     # the sines of other pairs than the cosines', so that four pairs meet in each value
