@@ -96,17 +96,17 @@ def answering(handler: Handler) -> Handler:
 @answering
 def answer_roll_call(message: Message, context: Context) -> Message:
     site = _site(context)
-    trains = site.trains
-    if trains and site.budget is not None and (spent := may_train(site)):
+    spent = may_train(site) if site.trains and site.budget is not None else ""
+    if spent:
         LOG.warning(spent)
-        trains = False
     card = SiteCard(
         site=site.name,
-        trains=trains,
-        n_training=len(site.training) if trains else 0,
+        trains=site.trains and not spent,
+        n_training=len(site.training) if site.trains else 0,
         n_held_out=len(site.held_out),
         n_left_out=len(site.left_out),
         config_fingerprint=site.config.fingerprint(),
+        resting=spent,
     )
     return _reply(message, pack_site_card(card))
 

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def private_report(
         task.round,
         SiteMetrics(n, {}, {}),
         released=WITHHELD,
-        statement=Signed(statement(site, task.round).text()),
+        statement=Signed(replace(statement(site, task.round), metrics=WITHHELD).text()),
     )
     if site.budget.metrics == WITHHELD:
         return withheld

@@ -27,7 +27,10 @@ EXACT, NOISED, WITHHELD = "exact", "noised", "withheld"  # how metrics are relea
 
 @dataclass(frozen=True)
 class SiteCard:
-    """A site's answer to the roll call. `trains` is False for a site that only evaluates."""
+    """A site's answer to the roll call. `trains` is False for a site that only evaluates.
+
+    `resting` says why it does so although it has subjects to train on: its privacy budget is spent.
+    """
 
     site: str
     trains: bool
@@ -35,6 +38,7 @@ class SiteCard:
     n_held_out: int
     n_left_out: int
     config_fingerprint: str
+    resting: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,12 +104,15 @@ def unpack_site_card(content: RecordDict) -> SiteCard:
         n_held_out=value_of(record, "n_held_out", int),
         n_left_out=value_of(record, "n_left_out", int),
         config_fingerprint=value_of(record, "config_fingerprint", str),
+        resting=value_of(record, "resting", str),
     )
     numbers = card.n_training, card.n_held_out, card.n_left_out
     if min(numbers) < 0 or max(numbers) > MOST_SUBJECTS:
         raise BadMessage("a number of subjects is negative or impossibly large.")
     if card.trains and card.n_training == 0:
         raise BadMessage("the site says that it trains, on no subject.")
+    if card.trains and card.resting:
+        raise BadMessage("the site says that it trains, and why it does not.")
     return card
 
 

@@ -98,6 +98,8 @@ class Attendance:
             )
             if enough and not gathering and not self._is_answering(sites):
                 break
+            if roll.resting and not (roll.training or roll.absent or self._is_answering(sites)):
+                raise FederationFailed(_nobody_trains(roll))
             left = 60 * settings.wait_minutes - (now - begin)
             if left <= 0:
                 raise FederationFailed(_who_is_missing(roll, needed, settings.wait_minutes))
@@ -114,10 +116,13 @@ class Attendance:
     def _recall_those_who_failed(self, history: History) -> None:
         """A site whose answer was no good may have other numbers to announce by now."""
         records = history.rounds()
-        for contribution in records[-1].contributions if records else ():
-            called = self._called.get(contribution.site)
-            if not contribution.trained and called is not None and not called.message_id:
-                del self._called[contribution.site]
+        last = records[-1].contributions if records else ()
+        failed = {c.site for c in last if not c.trained}
+        failed |= {site for _, site, _ in history.failures()}  # of the round that is tried again
+        for site in failed:
+            called = self._called.get(site)
+            if called is not None and not called.message_id:
+                del self._called[site]
 
     def _is_answering(self, sites: Sequence[str]) -> bool:
         """Is a site about to answer that has just come, or failed in the last round?"""
@@ -233,8 +238,13 @@ def note_terms(history: History, terms: Terms) -> None:
     history.note("config", terms.config.fingerprint())
 
 
+def _nobody_trains(roll: Roll) -> str:
+    lines = "".join(f"  {site}: {reason}\n" for site, reason in roll.resting.items())
+    return f"No site trains any more:\n{lines}The rounds so far are kept."
+
+
 def _who_is_missing(roll: Roll, needed: int, minutes: float) -> str:
-    absent = {**roll.absent, **roll.absent_evaluators}
+    absent = {**roll.absent, **roll.absent_evaluators, **roll.resting}
     lines = "".join(f"  {site}: {reason}\n" for site, reason in absent.items())
     measured = "" if roll.evaluating else " No connected site holds out a subject to measure on."
     return (

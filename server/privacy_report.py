@@ -16,6 +16,7 @@ from rich.console import Group
 from rich.markup import escape
 
 from common.console import plain
+from common.messages import NOISED
 from common.statement import BadStatement, Statement, is_signed_by, read_statement
 from server.history import TRAINING, GivenStatement, History
 from server.tables import site_table, spans, verdict
@@ -108,7 +109,10 @@ def _site(
         if kind in signatures:
             warnings.append(f"round {_spans(signatures[kind])}: its statement {words}.")
     last = read[-1][1] if read else None
-    spent = next((s for _, s in reversed(read) if s.epsilon is not None), None)
+    # held-out patients pay for noised metrics: who has lost more counts
+    told = {one.stage == TRAINING: s for one, s in read if s.epsilon is not None}
+    spent = max(told.values(), key=lambda s: s.epsilon or 0.0, default=None)
+    newest = next((s for _, s in reversed(read) if s.ledger), None)
     noisy = next((updates[number] for number in reversed(private)), None)
     return {
         "site": site,
@@ -120,8 +124,8 @@ def _site(
         "budget": _finite(spent.budget) if spent else None,
         **{name: _finite(getattr(noisy, name, None)) for name in NUMBERS},
         "metrics": last.metrics if last else None,
-        "ledger": spent.ledger if spent else None,
-        "entries": spent.entries if spent else None,
+        "ledger": newest.ledger if newest else None,
+        "entries": newest.entries if newest else None,
         "statements": len(given),
         "signature": next((kind for kind in (BAD, UNSIGNED, GOOD) if kind in signatures), UNSIGNED),
         "warnings": warnings,
@@ -139,12 +143,13 @@ def _contradictions(read: Sequence[tuple[GivenStatement, Statement]], federation
     """What does not fit together in a site's statements, in the order in which they came."""
     warnings = []
     ledger: Statement | None = None  # the last that named one
-    spent: Statement | None = None  # the last that told an epsilon
+    spent: dict[str, Statement] = {}  # the last that told one: other patients, another epsilon
     for one, s in read:
         where = f"round {one.round}, {one.stage}"
         if s.federation != federation:
             warnings.append(f"{where}: its statement is for another federation.")
-        if s.private and not (_positive(s.epsilon) and _positive(s.delta)):
+        tells = one.stage == TRAINING or s.metrics == NOISED
+        if s.private and tells and not (_positive(s.epsilon) and _positive(s.delta)):
             warnings.append(f"{where}: it says private, without a possible epsilon and delta.")
         if one.stage == TRAINING and s.private and not _positive(s.noise_multiplier):
             warnings.append(f"{where}: it says private, without noise.")
@@ -159,10 +164,14 @@ def _contradictions(read: Sequence[tuple[GivenStatement, Statement]], federation
                 )
             elif s.entries == ledger.entries and s.head != ledger.head:
                 warnings.append(f"{where}: the last entry of its ledger has changed.")
-        if spent is not None and s.epsilon is not None and not s.epsilon >= (spent.epsilon or 0):
-            warnings.append(f"{where}: epsilon fell from {spent.epsilon:.4g} to {s.epsilon:.4g}.")
+        if s.epsilon is not None:
+            kind = TRAINING if one.stage == TRAINING else NOISED
+            before = spent.get(kind)
+            if before is not None and not s.epsilon >= (before.epsilon or 0):
+                fell = f"from {before.epsilon:.4g} to {s.epsilon:.4g}"
+                warnings.append(f"{where}: epsilon fell {fell}.")
+            spent[kind] = s
         ledger = s if s.ledger else ledger
-        spent = s if s.epsilon is not None else spent
     return warnings
 
 

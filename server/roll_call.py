@@ -10,6 +10,7 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from common.config import FederationConfig
+from common.console import plain
 from common.messages import SiteCard, unpack_site_card
 from server.exchange import POLL_SECONDS, answers
 from server.history import History
@@ -35,6 +36,11 @@ class Roll:
     @property
     def training(self) -> list[str]:
         return [site for site, card in self.cards.items() if card.trains]
+
+    @property
+    def resting(self) -> dict[str, str]:
+        """Sites that could train and do not any more, by their own words, which go on evaluating."""
+        return {site: plain(card.resting) for site, card in self.cards.items() if card.resting}
 
     @property
     def evaluating(self) -> list[str]:
@@ -115,4 +121,4 @@ def same_run(history: History, roll: Roll, config: FederationConfig) -> None:
 
 
 def _subjects(card: SiteCard) -> tuple[bool, int, int]:
-    return card.trains, card.n_training, card.n_held_out
+    return card.trains or bool(card.resting), card.n_training, card.n_held_out

@@ -209,10 +209,12 @@ def _one_round(
         contributions.append(answer)
     for site, why in roll.absent.items():
         contributions.append(Contribution(site, trained=False, reason=why))
-    contributions.sort(key=lambda c: c.site)
     missing = {c.site: c.reason for c in contributions if not c.trained}
     _enough(config, number, "train", len(contributions), missing)
     assert running is not None
+    # a site that rests is none that the round needs
+    contributions += [Contribution(s, trained=False, reason=why) for s, why in roll.resting.items()]
+    contributions.sort(key=lambda c: c.site)
     raw = kept = mean(running, like=weights)
     if decay and models.average is not None:
         kept = moving(models.average, raw, decay)

@@ -132,7 +132,7 @@ def test_the_sheet_names_everything_that_an_answer_holds(terms, invitation):
         "statement": "the signed statement that this site trains without differential privacy",
         "metrics": "means of the metrics over the held-out subjects, with the number of subjects",
     }
-    no_fact_of_the_site = {"round", "config_fingerprint", "trains", "released"}
+    no_fact_of_the_site = {"round", "config_fingerprint", "trains", "released", "resting"}
     text = words(sheet(terms, invitation, OFF)).partition("What leaves this building")[2]
     sent = {f.name for answer in (SiteCard, SiteUpdate, SiteReport) for f in fields(answer)}
     assert sent == said.keys() | no_fact_of_the_site

@@ -207,6 +207,8 @@ def test_right_at_most_is_the_hypothesis_testing_bound():
 def test_found_at_most_is_within_what_is_possible():
     assert found_at_most(0.0, 0.0) == pytest.approx(0.01)
     assert found_at_most(1.0, 0.0) == pytest.approx(0.01 * math.e)
+    # at 8 the false alarms bound nothing, the misses do
+    assert found_at_most(8.0, 0.0) == pytest.approx(1 - 0.99 * math.exp(-8))
     assert found_at_most(1000.0, 0.0) == 1.0
     assert found_at_most(0.0, 1.0) == 1.0
 

@@ -154,7 +154,8 @@ def test_when_the_budget_is_spent_it_refuses_and_goes_on_evaluating(make_site, l
     assert any("privacy budget is spent" in line for line in log)
     assert unpack_site_report(evaluate(site, 2).content).metrics.n == 4
     card = unpack_site_card(ask(site, MessageType.QUERY, RecordDict()).content)
-    assert (card.trains, card.n_training, card.n_held_out) == (False, 0, 4)
+    assert (card.trains, card.n_training, card.n_held_out) == (False, 3, 4)
+    assert card.resting.startswith("Oslo: its privacy budget is spent: epsilon 7.9")
 
 
 def test_the_refusal_comes_before_any_voxel_is_read(make_site, monkeypatch):

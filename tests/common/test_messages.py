@@ -45,6 +45,7 @@ WEIGHTS = {
     "none": torch.zeros(0, 2),
 }
 CARD = SiteCard("Köln-1", True, 12, 3, 1, "ab" * 32)
+RESTING = replace(CARD, trains=False, resting="Köln-1: its privacy budget is spent.")
 TRAIN = TrainTask(3, "ab" * 32, 1e-4, WEIGHTS)
 UPDATE = SiteUpdate("Köln-1", 3, 12, WEIGHTS, 0.1 + 0.2, 12.5, 3.25)
 EVALUATE = EvaluateTask(3, "ab" * 32, True, WEIGHTS)
@@ -69,6 +70,7 @@ ALL: list[tuple[Any, Callable[[Any], RecordDict], Callable[[RecordDict], Any]]] 
     (replace(UPDATE, statement=STATED), pack_site_update, unpack_site_update),
     (replace(REPORT, statement=STATED, released="noised"), pack_site_report, unpack_site_report),
     (WITHHELD, pack_site_report, unpack_site_report),
+    (RESTING, pack_site_card, unpack_site_card),
 ]
 each_message = pytest.mark.parametrize(
     ("message", "pack", "unpack"), ALL, ids=[type(message).__name__ for message, _, _ in ALL]
@@ -305,3 +307,8 @@ def test_a_statement_of_another_form_is_a_bad_message(text):
     content = pack_site_update(replace(UPDATE, statement=Signed(text)))
     with pytest.raises(BadMessage, match="privacy statement"):
         unpack_site_update(content)
+
+
+def test_a_site_does_not_train_and_rest_at_once():
+    with pytest.raises(BadMessage, match="why it does not"):
+        unpack_site_card(pack_site_card(replace(RESTING, trains=True)))

@@ -252,6 +252,43 @@ def test_a_number_counts_who_trains(make, history):
     assert "1 of 2 needed sites" in failed(attend, history)
 
 
+SPENT = "its privacy budget is spent."
+
+
+def test_a_site_whose_budget_is_spent_is_not_needed_and_goes_on_evaluating(make, history):
+    sites, attend = make("rounds.min_sites=null")
+    sites.come("a", "b")
+    sites.come("c", trains=False, resting=SPENT)
+    roll = attend(history, 1)
+    assert sites.now < 1
+    assert (roll.training, roll.evaluating) == (["a", "b"], ["a", "b", "c"])
+    assert roll.resting == {"c": SPENT}
+    recorded(history, 1, c=SPENT)
+    sites.answers["c"] = sites.card("c")  # the hospital has raised it
+    assert attend(history, 2).training == ["a", "b", "c"]
+
+
+def test_when_every_budget_is_spent_nobody_is_waited_for(make, history):
+    sites, attend = make()
+    sites.come("a", "b", "c", trains=False, resting=SPENT)
+    assert failed(attend, history) == (
+        f"No site trains any more:\n  a: {SPENT}\n  b: {SPENT}\n  c: {SPENT}\n"
+        "The rounds so far are kept."
+    )
+    assert sites.now < 31
+
+
+def test_a_site_whose_failure_stopped_a_round_is_asked_again_before_it_is_tried_again(
+    make, history
+):
+    sites, attend = make("rounds.min_sites=null")
+    sites.come("a", "b", "c")
+    attend(history, 1)
+    history.record_failure(1, {"c": SPENT})
+    sites.answers["c"] = sites.card("c", trains=False, resting=SPENT)
+    assert attend(history, 1).training == ["a", "b"]
+
+
 def test_without_any_site_there_is_no_round(make, history):
     sites, attend = make("rounds.min_sites=null")
     sites.enrolled.clear()

@@ -57,6 +57,14 @@ def misbehave(app):
             weights[name] = weights[name][:1].repeat_interleave(7, 0)
         return weights
 
+    private_answers = sys.modules["client.private_answers"]
+    train_privately = private_answers.train_privately
+
+    def held_train_privately(*arguments, round_, **rest):
+        hold("private", round_)  # it is paid, and no gradient is computed yet
+        return train_privately(*arguments, round_=round_, **rest)
+
+    private_answers.train_privately = held_train_privately
     app.train, app.evaluate, app.weights_of = faulty_train, faulty_evaluate, faulty_weights_of
 
 
