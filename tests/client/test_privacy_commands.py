@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from client.cli import app
-from client.ledger import open_ledger
+from client.ledger import create_ledger, open_ledger
 from tests.client.paid_site import N_TRAINING, ledger_of, prepared_site, trained
 
 pytestmark = pytest.mark.usefixtures("undisturbed_log")
@@ -140,6 +140,14 @@ def test_a_bad_ledger_is_one_line(paid, what):
     assert result.exit_code == 1
     assert result.stdout == ""
     assert what in one_line(result.stderr)
+
+
+def test_another_ledger_than_before_is_not_taken_for_it(paid):
+    ledger_of(paid).unlink()
+    create_ledger(ledger_of(paid))
+    result = command("privacy-ledger", paid.path)
+    assert result.exit_code == 1
+    assert "another ledger" in one_line(result.stderr)
 
 
 def test_create_makes_an_empty_one_and_warns(hospital):
