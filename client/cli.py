@@ -88,6 +88,7 @@ def check(
 
     from common.progress import track
     from sites.checks import examine, same_patient_twice
+    from sites.patients import PatientsError, patients_of
     from sites.subject import discover
 
     name = site or data.resolve().name
@@ -108,6 +109,11 @@ def check(
             digests.append((name, subject.id, scan.digest))
         del scan
     findings += same_patient_twice(digests)
+    try:
+        patients_of(discovery.subjects, data)
+    except PatientsError as error:
+        remedy = "Correct patients.csv; nothing is trained before."
+        findings.append(Finding(name, "", "patients.csv", "error", "patients", str(error), remedy))
 
     unusable = sorted({f.subject for f in findings if f.severity == "error" and f.subject})
     n_subjects = len({s.id for s in discovery.subjects} | set(unusable))

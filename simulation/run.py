@@ -195,7 +195,7 @@ def _require_same_subjects(folder: RunFolder, cohort: Cohort) -> None:
         changed = changed_sites(cohort, folder.path / "sites") if history.rounds() else []
     if changed:
         raise UnusableData(
-            f"{folder.path} was begun with other scans, or other ones held out, at "
+            f"{folder.path} was begun with other scans or patients, or other ones held out, at "
             f"{', '.join(changed)}. Restore them, or choose another --out."
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -220,3 +221,16 @@ def test_help_needs_no_heavy_import():
     assert result.returncode == 0
     for option in ("--site", "--modalities", "--label-coding", "--no-labels", "--json"):
         assert option in result.stdout
+
+
+def test_a_patients_csv_that_cannot_be_followed_is_found(tmp_path, cohort_data):
+    data = tmp_path / "data"
+    shutil.copytree(next(cohort_data.rglob("*_seg.nii*")).parent, data / "BraTS20_Training_001")
+    (data / "patients.csv").write_text("Subject_ID,Person\na,b\n")
+    result = subprocess.run(
+        [*COMMAND, "check", str(data), "--json"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    (finding,) = [f for f in json.loads(result.stdout)["findings"] if f["severity"] == "error"]
+    assert "patients.csv" in finding["what"]
+    assert "Patient_ID" in finding["what"]

@@ -384,6 +384,14 @@ def test_a_federation_by_the_two_pages_alone(people, pages, published, tiny_argu
         assert client.wait() == 0
         assert "Stopped. The same command joins again." in client.text()
 
+    # --- the data-protection officer asks
+    planned = oslo.types(f"fed-client privacy-plan {SITE} --epsilon 8")
+    assert "sigma" in planned
+    oslo.types(f"fed-client privacy-report {SITE}")
+    page = (oslo.path(SITE) / "privacy-report" / "privacy-report.html").read_text()
+    assert "without differential privacy" in page.lower()
+    assert "unprotected" in oslo.types(f"fed-client privacy-ledger {SITE}")
+
     # --- upgrade: a module changes, one is gone; both sides share the installed programs here
     (published / "common" / "outdated.py").unlink()
     with (published / "client" / "app.py").open("a") as file:
