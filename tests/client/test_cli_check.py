@@ -231,6 +231,7 @@ def test_a_patients_csv_that_cannot_be_followed_is_found(tmp_path, cohort_data):
         [*COMMAND, "check", str(data), "--json"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 1
-    (finding,) = [f for f in json.loads(result.stdout)["findings"] if f["severity"] == "error"]
+    found = json.loads(result.stdout)["findings"]
+    (finding,) = [f for f in found if f["code"] == "patients"]
     assert "patients.csv" in finding["what"]
     assert "Patient_ID" in finding["what"]
