@@ -150,6 +150,10 @@ def audit(
             "training.threads=1",
             "held_out_fraction=0.01",
             f"rounds.number={rounds}",
+            # a round is then one noisy sum of everybody's gradients, to be read off the weights
+            "privacy.optimiser=sgd",
+            "privacy.steps=1",
+            "privacy.expected_batch=null",
         ],
     )
     weights = initial_weights(config)
