@@ -19,6 +19,7 @@ test: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/round_overhead.py
+	$(BIN)/python benchmarks/dp_cost.py --quick
 
 install: $(VENV)/.installed
 
