@@ -19,6 +19,7 @@ from common.records import BadMessage, value_of
 
 RECORD = "privacy"  # its name in a message
 LONGEST = 10_000  # characters
+LARGEST = 1e15  # of a number
 UNIT = "patient: all scans and crops of one person"
 NEIGHBOURS = "add or remove one patient"
 
@@ -87,9 +88,10 @@ def read_statement(text: str) -> Statement:
     for name, kind in get_type_hints(Statement).items():
         kinds = get_args(kind) or (kind,)
         value = stated[name]
-        if float in kinds and type(value) is int:
+        if float in kinds and type(value) is int and abs(value) <= LARGEST:
             stated[name] = value = float(value)
-        if type(value) not in kinds:  # exactly: a bool is no number here
+        number = type(value) in (int, float)  # exactly: a bool is no number here
+        if type(value) not in kinds or (number and not abs(value) <= LARGEST):  # or is not finite
             raise BadStatement(f"{name} of a privacy statement has an impossible value.")
     return Statement(**stated)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 
 import pytest
@@ -48,6 +49,11 @@ def test_a_statement_comes_back_as_it_was():
         ("steps", 1.5),
         ("site", None),
         ("entries", "4"),
+        ("epsilon", 10**400),
+        ("entries", 10**400),
+        ("epsilon", math.nan),
+        ("delta", math.inf),
+        ("round", -(10**30)),
     ],
 )
 def test_a_value_of_another_type_is_refused_by_name(name, value):
