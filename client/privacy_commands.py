@@ -186,7 +186,7 @@ def privacy_ledger(
         with open_ledger(path, anchor if anchor.exists() else None, write=False) as ledger:
             pass
         document = {
-            "path": str(path),
+            "path": str(path.resolve()),
             "id": ledger.id,
             "verified": True,
             "anchored": anchor.exists(),

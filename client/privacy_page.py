@@ -199,8 +199,10 @@ def _spending(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     if budget:
         rows.append(("ε of the budget", f"{budget['epsilon']:g}"))
         rows.append(("ε left (budget less spent)", f"{spent['left']:.3f}"))
-    rows.append(("δ", "follows from the number of patients" if spent["delta"] is None
-                 else f"{spent['delta']:.4g}"))  # fmt: skip
+    if spent["delta"] is not None:
+        rows.append(("δ", f"{spent['delta']:.4g}"))
+    elif budget:
+        rows.append(("δ", "follows from the number of patients, once they are prepared"))
     rows.append(("ε spent in this federation alone", f"{here:.3f}"))
     if document["agreed_epsilon"] is not None:
         rows.append(("Most that this federation may spend", f"{document['agreed_epsilon']:g}"))
