@@ -6,7 +6,8 @@ to the norm C, adds them up, and adds noise of standard deviation sigma C once (
 arXiv:1607.00133). Clipping, summing, noise and the optimiser are fp32 and Opacus' (its optimizer in
 `no_op` mode, fed one patient at a time, which works for every network and holds one patient's
 activations); the forward pass may be bf16. Sampling and noise come from the operating system
-(`client.system_noise`), so two runs differ; crops and augmentation are seeded as elsewhere.
+(`client.system_noise`), so two runs differ; crops and augmentation are seeded, for each patient
+independently of the others.
 
 What leaves is the weights. Loss and time depend on who was drawn; they stay at the site. How much
 noise, and whether a round may happen, is `client.budget`'s affair.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -107,16 +109,26 @@ def train_privately(
     """
     require_protectable(network, config)
     dtype = autocast_dtype(config.training.precision, device)
-    torch.manual_seed(derive_seed(config.seed, "torch", site, round_))  # the VAE's latent noise
-    generator = torch.Generator().manual_seed(derive_seed(config.seed, "augment", site, round_))
-    order = np.random.default_rng(derive_seed(config.seed, "order", site, round_))
-    scans = list(patients.values())
+    names, scans = list(patients), list(patients.values())
     network.train()
     losses: list[float] = []
+    drawn: Counter[str] = Counter()
 
     def gradient_of(patient: int) -> Gradient:
+        # every patient has random numbers of their own: from a common stream, which anybody can
+        # repeat, one patient more would change the crops of all that follow
+        name = names[patient]
+        drawn[name] += 1
+        own = site, round_, name, drawn[name]
+        torch.manual_seed(derive_seed(config.seed, "torch", *own))  # the VAE's latent noise
         gradient, loss = patient_gradient(
-            network, scans[patient], config, order, generator, device, dtype
+            network,
+            scans[patient],
+            config,
+            np.random.default_rng(derive_seed(config.seed, "order", *own)),
+            torch.Generator().manual_seed(derive_seed(config.seed, "augment", *own)),
+            device,
+            dtype,
         )
         losses.append(loss)
         remark(f"loss {loss:.3f}")
