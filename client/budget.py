@@ -134,8 +134,12 @@ def record_done(site: Site, permit: Permit) -> None:
 
 
 def record_unprotected(site: Site, round_: int) -> None:
-    """Note a round without differential privacy, where the site keeps a ledger."""
-    if site.ledger is None or not site.ledger.exists():
+    """Note a round without differential privacy, where the site keeps a ledger or has kept one.
+
+    Raises:
+        LedgerError: it is missing now, was tampered with, or cannot be written.
+    """
+    if site.ledger is None or not (site.ledger.exists() or site.anchor.exists()):
         return
     with _open(site) as ledger:
         entry = _entry(site, UNPROTECTED, round_)

@@ -45,7 +45,7 @@ from common.statement import BadStatement, Statement, read_statement
 from common.terms import BadTerms, Terms
 
 UNIT = "one patient: all scans, crops and volumes of a person together"
-NEIGHBOURS = "add or remove one patient"
+NEIGHBOURS = "add or remove one patient's data; how many patients there are counts as known"
 PROTECTED_FROM = (
     "the coordinator's server, which sees every update of this site by itself",
     "the other sites",
@@ -589,6 +589,10 @@ def _not_covered(
         "Size of the site": (
             "The numbers of training, held-out and left-out subjects are sent as they are, and each "
             f"statement holds the number of patients. {sizes}"
+        ),
+        "Patients of several hospitals": (
+            "Who is also trained on elsewhere has an epsilon at each hospital; they add up, and no "
+            "hospital knows of the other's."
         ),
         "Timing and failures": (
             "When an answer comes, how long it takes, and that a round failed can be seen from "

@@ -20,8 +20,6 @@ from common.records import BadMessage, value_of
 RECORD = "privacy"  # its name in a message
 LONGEST = 10_000  # characters
 LARGEST = 1e15  # of a number
-UNIT = "patient: all scans and crops of one person"
-NEIGHBOURS = "add or remove one patient"
 
 
 class BadStatement(ValueError):

@@ -327,5 +327,8 @@ def test_a_round_without_privacy_is_remembered_and_costs_no_epsilon(make_site):
     protected = make_site()
     assert pay_for_training(protected, 1).entry.number == 3
     open_site.ledger.unlink()
+    with pytest.raises(LedgerError, match="is missing"):
+        record_unprotected(open_site, 2)
+    open_site.anchor.unlink()
     record_unprotected(open_site, 2)
     assert not open_site.ledger.exists(), "who protects nobody need not keep one"
