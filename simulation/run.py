@@ -14,6 +14,7 @@ from typing import Any
 
 from client.app import app as client_app
 from client.device import available_cores, best_device
+from client.privacy import NotProtectable, require_protectable
 from common.config import FederationConfig
 from common.config_file import ConfigError, dump_config, load_config
 from common.files import locked, write_text_atomically
@@ -103,9 +104,14 @@ def _write_results(
 def _require_buildable(config: FederationConfig) -> None:
     """What only the network and the device can refuse, before hours go into preparing data."""
     try:
-        network_for(config)
+        network = network_for(config)
     except ValueError as error:
         raise ConfigError(f"network `{config.network.name}`: {error}") from error
+    if config.privacy.epsilon is not None:
+        try:
+            require_protectable(network, config)
+        except NotProtectable as error:
+            raise ConfigError(f"`privacy.epsilon` is set: {error}") from error
     try:
         autocast_dtype(config.training.precision, best_device())
     except ValueError as error:
