@@ -22,7 +22,7 @@ from scipy.optimize import brentq
 EPSILON_ERROR = 0.001  # of PRV's numerical composition; its upper bound includes it
 LARGEST_FINE = 100.0  # epsilon above which PRV takes minutes: RDP's looser upper bound then
 MOST_NOISE = 100.0  # noise multiplier; nothing useful is learned beyond, so a budget is spent
-LEAST_NOISE = 0.1  # below it, epsilon is in the hundreds
+LEAST_NOISE = 0.3  # with less, whoever is drawn stands out of the noise, however rarely that is
 STRIDE = 1.2
 PRECISION = 1e-3  # relative, of a calibrated noise multiplier
 
@@ -102,7 +102,7 @@ def noise_multiplier(
     while too_little > LEAST_NOISE and estimated(too_little) <= budget:
         enough, too_little = too_little, too_little / STRIDE
     if too_little <= LEAST_NOISE:
-        return enough
+        return max(enough, LEAST_NOISE)
     excess = lambda sigma: estimated(sigma) - budget  # noqa: E731
     root = enough
     if excess(enough) < 0:

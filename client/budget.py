@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Any
 
 from client.accounting import NotAffordable, Steps, accountant_name, epsilon, noise_multiplier
 from client.ledger import (
@@ -25,6 +26,7 @@ from client.ledger import (
     UNPROTECTED,
     Entry,
     Ledger,
+    LedgerError,
     Patient,
     identity,
     open_ledger,
@@ -73,11 +75,22 @@ class _Recipe:
 
 
 def patients_of(site: Site, subjects: Sequence[CachedSubject]) -> dict[str, list[CachedSubject]]:
-    """Patient id -> all scans of that person among `subjects`; sorted."""
-    found: dict[str, list[CachedSubject]] = {}
+    """Patient id -> all scans of that person among `subjects`; sorted.
+
+    Two ids that share a scan are one person, under the first of them.
+    """
+    named: dict[str, list[CachedSubject]] = {}
     for subject in sorted(subjects, key=lambda s: s.id):
-        found.setdefault(site.patients[subject.id], []).append(subject)
-    return dict(sorted(found.items()))
+        named.setdefault(site.patients[subject.id], []).append(subject)
+    found: list[tuple[str, list[CachedSubject], set[str]]] = []
+    for name, scans in sorted(named.items()):
+        marks = {mark for scan in scans for mark in scan.fingerprints}
+        same = [one for one in found if not marks.isdisjoint(one[2])]
+        found = [one for one in found if one not in same]
+        first = same[0][0] if same else name
+        together = [scan for one in same for scan in one[1]] + scans
+        found.append((first, together, marks.union(*(one[2] for one in same))))
+    return {name: scans for name, scans, _ in sorted(found, key=lambda one: one[0])}
 
 
 def delta_of(site: Site) -> float:
@@ -113,9 +126,9 @@ def may_train(site: Site) -> str:
     Raises:
         LedgerError
     """
-    recipe = _recipe(site, TRAINING)
+    members = _identities(site, site.training)
     with _open(site, write=False) as ledger:
-        members = _identities(site, site.training)
+        recipe = _recipe(ledger, site, TRAINING, members)
         plan = _plan(ledger, site, recipe, members)
         sigma = plan.noise_multiplier if plan else None
         if sigma is None:
@@ -158,7 +171,7 @@ def statement(site: Site, round_: int, permit: Permit | None = None) -> Statemen
         metrics=site.budget.metrics if site.budget else EXACT,
     )
     if permit is None:
-        return about
+        return replace(about, **_ledger_seen(site))
     e = permit.entry
     return replace(
         about,
@@ -177,21 +190,39 @@ def statement(site: Site, round_: int, permit: Permit | None = None) -> Statemen
     )
 
 
+def _ledger_seen(site: Site) -> dict[str, Any]:
+    """Which ledger, how long, and its last entry; nothing where none can be read."""
+    if site.ledger is None or not site.ledger.exists():
+        return {}
+    try:
+        with _open(site, write=False) as ledger:
+            return {"ledger": ledger.id, "entries": len(ledger.entries), "head": ledger.head}
+    except LedgerError as error:  # without it nothing is trained; evaluating goes on
+        LOG.warning(str(error))
+        return {}
+
+
 def most_spent(
-    ledger: Ledger, members: Iterable[Patient], delta: float, further: Steps | None = None,
+    ledger: Ledger,
+    members: Sequence[Patient],
+    delta: float,
+    further: Steps | None = None,
     federation: str | None = None,
-) -> float:  # fmt: skip
+) -> float:
     """Epsilon of the most affected of these patients, over all federations or within one."""
-    histories = _histories(ledger, members, federation)
-    more = () if further is None else (further,)
-    return max((epsilon((*history, *more), delta) for history in histories), default=0.0)
+    spent = [0.0]
+    for history, records in _histories(ledger, members, federation):
+        more = () if further is None else (_felt(further, records),)
+        spent.append(epsilon((*history, *more), delta))
+    return max(spent)
 
 
 def _pay(
     site: Site, kind: str, round_: int, subjects: Sequence[CachedSubject], planned: int
 ) -> Permit:
-    recipe, members = _recipe(site, kind), _identities(site, subjects)
+    members = _identities(site, subjects)
     with _open(site) as ledger:
+        recipe = _recipe(ledger, site, kind, members)
         plan = _plan(ledger, site, recipe, members)
         if plan is None:
             LOG.info(f"{site.name}: calibrating the noise for {planned} rounds")
@@ -210,15 +241,25 @@ def _pay(
     return Permit(entry, len(members), ledger.id)
 
 
-def _recipe(site: Site, kind: str) -> _Recipe:
+def _recipe(ledger: Ledger, site: Site, kind: str, members: Sequence[Patient]) -> _Recipe:
     assert site.budget is not None
     p, rounds = site.config.privacy, site.config.rounds.number
-    budget, cap, delta = site.budget.epsilon, p.epsilon, delta_of(site)
+    budget, cap, delta = site.budget.epsilon, p.epsilon, _delta(ledger, site, members)
     if kind == METRICS:
         return _Recipe(kind, rounds, 1.0, 1, 1.0, budget, cap, delta)
-    patients = len(patients_of(site, site.training))
-    rate = 1.0 if p.expected_batch is None else min(1.0, p.expected_batch / patients)
+    rate = 1.0 if p.expected_batch is None else min(1.0, p.expected_batch / len(members))
     return _Recipe(kind, rounds, rate, p.steps, clip_of(site), budget, cap, delta)
+
+
+def _delta(ledger: Ledger, site: Site, members: Sequence[Patient]) -> float:
+    """The site's choice, or the default, which later never grows for who was there before: epsilon
+    and delta of all federations together are one promise."""
+    assert site.budget is not None
+    if site.budget.delta is not None:
+        return site.budget.delta
+    groups = {group for member in members for group, n in ledger.records_of(member).items() if n}
+    before = [e.delta for e in ledger.entries if e.kind in SPENDS and e.patients in groups]
+    return min(delta_of(site), *(delta for delta in before if delta is not None), 1.0)
 
 
 def clip_of(site: Site) -> float:
@@ -248,17 +289,19 @@ def _calibrated(
     limits: list[tuple[float, str | None]] = [(recipe.epsilon, None)]
     if recipe.cap is not None:
         limits.append((recipe.cap, site.federation))
-    return max(
-        noise_multiplier(
-            limit,
-            recipe.delta,
-            sampling_rate=recipe.sampling_rate,
-            steps=recipe.steps * rounds,
-            before=history,
-        )
-        for limit, within in limits
-        for history in _histories(ledger, members, within)
-    )
+    found = []
+    for limit, within in limits:
+        for history, records in _histories(ledger, members, within):
+            step = _felt(Steps(1.0, recipe.sampling_rate, recipe.steps * rounds), records)
+            sigma = noise_multiplier(
+                limit,
+                recipe.delta,
+                sampling_rate=step.sampling_rate,
+                steps=step.steps,
+                before=history,
+            )
+            found.append(records * sigma)
+    return max(found)
 
 
 def _excess(
@@ -290,18 +333,29 @@ def _spent(site: Site, why: str) -> str:
 
 
 def _histories(
-    ledger: Ledger, members: Iterable[Patient], federation: str | None
-) -> list[tuple[Steps, ...]]:
-    """What was done to each of these patients; the same history of several only once."""
-    found = {
-        tuple(
-            e.number
-            for e in ledger.entries_about(member)
-            if e.kind in SPENDS and federation in (None, e.federation)
+    ledger: Ledger, members: Sequence[Patient], federation: str | None
+) -> list[tuple[tuple[Steps, ...], int]]:
+    """What was done to each of these patients, and how many of them the person is; the same of
+    several only once."""
+    found = set()
+    for member in members:
+        person, counts = ledger.person(member), ledger.records_of(member)
+        history = tuple(
+            _felt(_steps(e), counts[e.patients])
+            for e in ledger.entries
+            if e.kind in SPENDS and federation in (None, e.federation) and counts[e.patients]
         )
-        for member in members
-    }
-    return [tuple(_steps(ledger.entries[n - 1]) for n in numbers) for numbers in sorted(found)]
+        found.add((history, sum(not person.isdisjoint(other) for other in members)))
+    return list(found)
+
+
+def _felt(step: Steps, records: int) -> Steps:
+    """What a step is to a person who is so many of its patients: the gradients may add up, and the
+    chance that any is drawn is larger. (A smaller shift is dominated by the largest.)"""
+    if records == 1:
+        return step
+    rate = 1 - (1 - step.sampling_rate) ** records
+    return Steps(step.noise_multiplier / records, rate, step.steps)
 
 
 def _steps(entry: Entry) -> Steps:

@@ -144,22 +144,26 @@ class Ledger:
 
     def entries_about(self, patient: Patient) -> list[Entry]:
         """Every entry whose group holds this person, under whatever id or scan."""
-        marks = self._person(patient)
-        touched = {
-            group
-            for group, members in self.groups.items()
-            if any(not marks.isdisjoint(member) for member in members)
-        }
-        return [entry for entry in self.entries if entry.patients in touched]
+        counts = self.records_of(patient)
+        return [entry for entry in self.entries if counts[entry.patients]]
 
-    def _person(self, patient: Patient) -> set[str]:
+    def records_of(self, patient: Patient) -> dict[str, int]:
+        """In each group, how many of its patients are this one person: more than one where that was
+        not known yet when the group was trained on."""
+        marks = self.person(patient)
+        return {
+            group: sum(not marks.isdisjoint(member) for member in members)
+            for group, members in self.groups.items()
+        }
+
+    def person(self, patient: Patient) -> Patient:
         """All marks of a person: two of them in one record make both the same person's."""
         marks = set(patient)
         members = [member for group in self.groups.values() for member in group]
         while True:
             more = set().union(*(m for m in members if not marks.isdisjoint(m))) - marks
             if not more:
-                return marks
+                return frozenset(marks)
             marks |= more
 
     def _execute(self, statement: str, *values: object) -> None:

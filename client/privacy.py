@@ -38,8 +38,8 @@ from common.progress import remark, track
 from common.seeds import derive_seed
 from sites.cache import CachedSubject
 
-ROUNDING = 1e-5
-"""By how much less than C gradients are clipped: more than fp32 can be wrong about a norm."""
+ROUNDING = 1e-6
+"""By how much less than C gradients are clipped: more than scaling them in fp32 can add."""
 
 Gradient = list[torch.Tensor]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -58,10 +58,10 @@ class PatientOptimizer(DPOptimizer):
         super().__init__(
             optimiser,
             noise_multiplier=sigma,
-            max_grad_norm=clip * (1 - ROUNDING),
+            max_grad_norm=clip,
             expected_batch_size=expected_batch,
         )
-        self._deviation = sigma * clip
+        self._deviation, self._limit = sigma * clip, clip * (1 - ROUNDING)
 
     def add_noise(self) -> None:
         for p in self.params:
@@ -69,7 +69,16 @@ class PatientOptimizer(DPOptimizer):
             add_system_gaussian(p.grad, self._deviation)
 
     def take(self, gradient: Gradient) -> None:
-        """Clip one patient's gradient and add it to the sum."""
+        """Clip one patient's gradient and add it to the sum; one that is not finite counts as zero.
+
+        By its norm in float64: Opacus' own, in fp32, is wrong by up to 1 % for large tensors.
+        """
+        parts = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradient]
+        norm = float(torch.linalg.vector_norm(torch.stack(parts)))
+        if not math.isfinite(norm):  # to stop would tell about this patient
+            return
+        if norm > self._limit:
+            gradient = [g * (self._limit / norm) for g in gradient]
         self._hand_over([g.unsqueeze(0) for g in gradient])
         self.signal_skip_step(True)
         self.step()
@@ -160,10 +169,7 @@ def take_steps(
     learning_rate: float,
     what: str,
 ) -> None:
-    """`noise.steps` noisy steps; `gradient_of(i)` is patient i's gradient at the present weights.
-
-    A gradient that is not finite counts as zero: to stop there would tell about that patient.
-    """
+    """`noise.steps` noisy steps; `gradient_of(i)` is patient i's gradient at the present weights."""
     trained = [p for p in parameters if p.requires_grad]
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimiser]
     optimizer = PatientOptimizer(
@@ -179,9 +185,7 @@ def take_steps(
         if patient is None:
             optimizer.finish()
         else:
-            gradient = gradient_of(patient)
-            if bool(torch.isfinite(nn.utils.get_total_norm(gradient))):
-                optimizer.take(gradient)
+            optimizer.take(gradient_of(patient))
 
 
 def patient_gradient(

@@ -45,7 +45,9 @@ from common.statement import BadStatement, Statement, read_statement
 from common.terms import BadTerms, Terms
 
 UNIT = "one patient: all scans, crops and volumes of a person together"
-NEIGHBOURS = "add or remove one patient's data; how many patients there are counts as known"
+NEIGHBOURS = (
+    "add or remove one patient's data; how many patients and scans there are counts as known"
+)
 PROTECTED_FROM = (
     "the coordinator's server, which sees every update of this site by itself",
     "the other sites",
@@ -189,7 +191,8 @@ def _delta(s: _Sources, spends: Sequence[Entry]) -> float | None:
         return s.budget.delta
     patients = _count(s, "training") or _count(s, "held_out")
     if s.budget is not None and patients:
-        return default_delta(patients)
+        told = [entry.delta for entry in spends if entry.delta is not None]
+        return min(default_delta(patients), *told, 1.0)
     return spends[-1].delta if spends else None
 
 
@@ -594,6 +597,10 @@ def _not_covered(
             "Who is also trained on elsewhere has an epsilon at each hospital; they add up, and no "
             "hospital knows of the other's."
         ),
+        "Taking part before": (
+            "Noise and epsilon follow the most affected patient, and both are told. Whoever knows of "
+            "earlier federations can see in them that one of their patients takes part here too."
+        ),
         "Timing and failures": (
             "When an answer comes, how long it takes, and that a round failed can be seen from "
             f"outside and may depend on the patients. {_many(released['error_texts'], 'error text')} "
@@ -605,7 +612,8 @@ def _not_covered(
         ),
         "Choice of the best round": (
             "The coordinator may choose the model by the Dice on held-out patients that the sites "
-            "release; with exact metrics that choice depends on those patients outside of epsilon."
+            "release; with exact metrics that choice depends on those patients outside of epsilon, who "
+            "may have trained in another federation."
         ),
         "Preparation of the scans": (
             "Which scans were taken, left out or corrected is not counted. Normalisation is within "

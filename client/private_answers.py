@@ -122,7 +122,7 @@ def private_report(
         released=WITHHELD,
         statement=Signed(replace(statement(site, task.round), metrics=WITHHELD).text()),
     )
-    if site.budget.metrics == WITHHELD:
+    if site.budget.metrics == WITHHELD or not results:
         return withheld
     path = site.folder / "kept" / "report.json"
     key = _key(site, task_hash(content))
@@ -148,14 +148,16 @@ def private_report(
 def noised_dice(site: Site, results: Sequence[SubjectMetrics], permit: Permit) -> dict[str, float]:
     """Mean Dice of WT, TC and ET with Gaussian noise, clamped to 0..1.
 
-    One patient changes each of the three means by at most s/n for that patient's s scans of n, so
-    their vector by at most sqrt(3) s/n, which sigma multiplies.
+    The mean over patients of each patient's mean over scans, so that one of n patients changes each
+    of the three by at most 1/n, whatever the number of scans, and their vector by sqrt(3)/n.
     """
-    scans = max(map(len, patients_of(site, site.held_out).values()))
+    of: dict[str, list[SubjectMetrics]] = {}
+    for result in results:
+        of.setdefault(site.patients[result.subject], []).append(result)
     names = [f"dice/{region}" for region in REGIONS]
-    exact = summarise(results).means
-    values = torch.tensor([exact[name] for name in names], dtype=torch.float64)
-    sensitivity = math.sqrt(len(names)) * scans / len(results)
+    means = [[summarise(scans).means[name] for name in names] for scans in of.values()]
+    values = torch.tensor(means, dtype=torch.float64).mean(0)
+    sensitivity = math.sqrt(len(names)) / len(of)
     add_system_gaussian(values, permit.noise.noise_multiplier * sensitivity)
     return dict(zip(names, values.clamp(0, 1).tolist(), strict=True))
 

@@ -22,7 +22,7 @@ class PrivacyBudget(Section):
     delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="null: 1/(10 N) for N training patients"
     )
-    clip: PositiveFloat | None = Field(
+    clip: Annotated[float, Field(ge=1e-6)] | None = Field(
         None, description="largest norm of one patient's gradient; null: as the federation suggests"
     )
     metrics: Literal["withheld", "noised", "exact"] = Field(

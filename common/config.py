@@ -154,14 +154,14 @@ class Privacy(Section):
         description="most that a site may spend here of its own budget; in a simulation, every "
         "site's budget. null: no limit but the site's; in a simulation, no privacy",
     )
-    expected_batch: PositiveFloat | None = Field(
+    expected_batch: Annotated[float, Field(ge=1)] | None = Field(
         None, description="patients of a step on average; null: all of them in every step"
     )
-    steps: PositiveInt = Field(1, description="noisy steps a round")
-    crops: PositiveInt = Field(
+    steps: Annotated[int, Field(ge=1, le=10_000)] = Field(1, description="noisy steps a round")
+    crops: Annotated[int, Field(ge=1, le=100)] = Field(
         1, description="augmented crops of each of a patient's scans, averaged before clipping"
     )
-    clip: PositiveFloat = Field(
+    clip: Annotated[float, Field(ge=1e-6)] = Field(
         1.0, description="largest norm of one patient's gradient, unless a site chooses another"
     )
     optimiser: Literal["sgd", "adam"] = "sgd"

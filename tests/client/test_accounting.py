@@ -11,6 +11,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from client.accounting import (
+    LEAST_NOISE,
     MOST_NOISE,
     NotAffordable,
     Steps,
@@ -112,7 +113,12 @@ def test_a_spent_budget_is_said():
 def test_almost_no_noise_is_still_a_bound():
     """Where PRV would take minutes: RDP's epsilon, larger and quick."""
     assert epsilon([Steps(0.05, 1.0, 100)], 0.01) > 1000
-    assert noise_multiplier(1e4, 0.01, sampling_rate=1.0, steps=1) <= 0.12
+    assert noise_multiplier(1e4, 0.01, sampling_rate=1.0, steps=1) == LEAST_NOISE
+
+
+def test_rarity_does_not_buy_away_the_noise():
+    """Within (1, delta) almost none would do, and whoever is drawn would stand out of it."""
+    assert noise_multiplier(1.0, 1 / 300, sampling_rate=0.1 / 30, steps=1) >= LEAST_NOISE
 
 
 def test_the_report_names_the_accountant():

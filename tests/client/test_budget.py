@@ -18,6 +18,7 @@ from client.budget import (
     delta_of,
     may_train,
     most_spent,
+    patients_of,
     pay_for_metrics,
     pay_for_training,
     record_done,
@@ -200,6 +201,45 @@ def test_two_scans_of_one_patient_are_one_patient(make_site, prepared):
     permit = pay_for_training(site, 1)
     assert permit.patients == 5
     assert permit.entry.delta == 1 / 50
+
+
+def test_two_ids_with_one_scan_are_one_person_who_trains_once(make_site, prepared):
+    first, second = prepared.ready[:2]
+    alike = replace(second, fingerprints=(*second.fingerprints, first.fingerprints[0]))
+    site = replace(make_site(), training=(first, alike, *prepared.ready[2:6]))
+    assert {name: len(scans) for name, scans in patients_of(site, site.training).items()} == {
+        first.id: 2,
+        **{entry.id: 1 for entry in prepared.ready[2:6]},
+    }
+    assert pay_for_training(site, 1).patients == 5
+
+
+def test_who_was_trained_on_as_two_patients_has_spent_for_two(make_site, prepared):
+    """Found out afterwards, by patients.csv: one gradient of theirs was worth two clipping norms."""
+    site = make_site()
+    sigma = pay_for_training(site, 1).noise.noise_multiplier
+    same = {entry.id: entry.id for entry in prepared.ready}
+    same[prepared.ready[1].id] = prepared.ready[0].id
+    known = make_site(patients=same)
+    assert spent(known) == epsilon([Steps(sigma / 2, 1.0, 1)], 1 / 50)
+    assert spent(known) > epsilon([Steps(sigma, 1.0, 1)], 1 / 50)
+
+
+def test_a_person_with_two_records_in_a_sample_is_drawn_more_often(make_site, prepared):
+    site = make_site("privacy.expected_batch=1.5")
+    sigma = pay_for_training(site, 1).noise.noise_multiplier
+    same = {entry.id: entry.id for entry in prepared.ready}
+    same[prepared.ready[1].id] = prepared.ready[0].id
+    known = make_site("privacy.expected_batch=1.5", patients=same)
+    assert spent(known) == epsilon([Steps(sigma / 2, 1 - 0.75**2, 1)], 1 / 50)
+
+
+def test_delta_never_grows_for_who_was_there_before(make_site, prepared):
+    many = make_site(training=prepared.ready[:6] + prepared.ready[10:14])
+    pay_for_training(many, 1)
+    few = make_site(folder="few", federation="f2")
+    assert delta_of(few) == 1 / 60
+    assert pay_for_training(few, 1).entry.delta == 1 / 100
 
 
 # ------------------------------------------------------------------------------------------ crashes

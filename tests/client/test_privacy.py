@@ -182,6 +182,27 @@ def test_a_clipped_gradient_is_never_longer_than_the_norm(factor):
     assert length == pytest.approx(min(factor, 1.0), rel=3e-5)
 
 
+@pytest.mark.parametrize("fill", ["random", "constant"])
+def test_a_large_tensor_is_clipped_as_exactly(fill):
+    """fp32 sums of squares are wrong by up to 1 % there, so Opacus' own norm would not do."""
+    shape = (1024, 512, 27)
+    torch.manual_seed(0)
+    large = torch.randn(shape) if fill == "random" else torch.full(shape, 0.7)
+    parameter = torch.nn.Parameter(torch.zeros(shape))
+    take_steps(
+        [parameter],
+        lambda _: [large],
+        1,
+        Steps(0.0, 1.0, 1),
+        1.0,
+        optimiser="sgd",
+        learning_rate=1.0,
+        what="",
+    )
+    length = float(torch.linalg.vector_norm(parameter.detach(), dtype=torch.float64))
+    assert 0.98 < length <= 1.0
+
+
 def test_bf16_gradients_are_clipped_in_fp32(prepared, tiny_config):
     config = tiny_config("network.norm=group", *STILL)
     network = network_for(config)

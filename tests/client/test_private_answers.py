@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -246,22 +247,43 @@ def test_noised_metrics_are_three_paid_numbers_and_kept(make_site):
 
 
 def test_the_noise_of_metrics_covers_what_one_patient_can_change(make_site):
-    """sigma sqrt(3) s / n, with s the most scans of one patient; measured before clamping."""
+    """sigma sqrt(3) / n for n patients, whatever their scans; measured before clamping."""
     site = load_site(make_site(PrivacyBudget(epsilon=8, metrics="noised", delta=0.01)))
     permit = pay_for_metrics(site, 1)
-
-    def results(n: int) -> list[SubjectMetrics]:
-        scores = {region: {"dice": 0.5} for region in ("WT", "TC", "ET")}
-        return [SubjectMetrics(str(i), scores, 1.0, None) for i in range(n)]
-
     many, times = 200, 600  # so many subjects that 0 and 1 are far away
-    measured = results(many)
-    found = np.array([list(noised_dice(site, measured, permit).values()) for _ in range(times)])
+    scores = {region: {"dice": 0.5} for region in ("WT", "TC", "ET")}
+    measured = [SubjectMetrics(f"s{i}", scores, 1.0, None) for i in range(many)]
+
+    def drawn() -> np.ndarray:
+        return np.array([list(noised_dice(site, measured, permit).values()) for _ in range(times)])
+
+    site.patients.update({result.subject: result.subject for result in measured})
+    found = drawn()
     expected = permit.noise.noise_multiplier * math.sqrt(3) / many
     assert found.std() == pytest.approx(expected, rel=0.08)
     assert found.mean() == pytest.approx(0.5, abs=0.003)
     assert abs(np.corrcoef(found.T)[0, 1]) < 0.2, "independent noise for each region"
-    two = {s.id: "one person" for s in site.held_out[:2]}
-    site.patients.update(two)
-    found = np.array([list(noised_dice(site, measured, permit).values()) for _ in range(times)])
-    assert found.std() == pytest.approx(2 * expected, rel=0.08)
+    # half of all scans are one person's, and bad: it counts as one of 101, and the noise as for 101
+    site.patients.update({result.subject: "one" for result in measured[:100]})
+    bad = {region: {"dice": 0.0} for region in scores}
+    measured[:100] = [SubjectMetrics(r.subject, bad, 1.0, None) for r in measured[:100]]
+    found = drawn()
+    assert found.mean() == pytest.approx(0.5 * 100 / 101, abs=0.003)
+    assert found.std() == pytest.approx(expected * many / 101, rel=0.08)
+
+
+def test_noised_metrics_of_nobody_are_withheld(make_site):
+    site = make_site(PrivacyBudget(epsilon=8, metrics="noised"))
+    manifest = json.loads((site / "site.json").read_text()) | {"held_out": {}}
+    (site / "site.json").write_text(json.dumps(manifest))
+    os.utime(site / "site.json", (2e9, 2e9))
+    report = unpack_site_report(evaluate(site).content)
+    assert (report.released, report.metrics.n) == ("withheld", 0)
+
+
+def test_every_statement_tells_how_far_the_ledger_goes(make_site):
+    site = make_site(PrivacyBudget(epsilon=8))
+    train(site)
+    stated = read_statement(unpack_site_report(evaluate(site).content).statement.text)
+    with open_ledger(load_site(site).ledger, None, write=False) as ledger:
+        assert (stated.ledger, stated.entries, stated.head) == (ledger.id, 3, ledger.head)
