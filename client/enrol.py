@@ -29,6 +29,7 @@ def init(
     start_logging()
     with _failing():
         from client.hospital import init_hospital
+        from client.site_config import load_site_config
         from common.site_names import BadName, site_name
 
         try:
@@ -39,6 +40,9 @@ def init(
             raise typer.BadParameter(f"{data} is no folder.", param_hint="--data")
         made = init_hospital(folder, name, data)
         print(f"{name}: made in {folder}. Settings: {made.config}")
+        ledger = load_site_config(made.config).privacy_ledger.resolve()
+        if ledger.exists():
+            print(f"Privacy ledger of all folders beside it (back it up): {ledger}")
         _print_key(made)
         print(f"Send {made.public_key} to the coordinator and compare the digits by telephone.")
         print(f"{made.private_key} is secret: it stays here, also the coordinator never needs it.")
