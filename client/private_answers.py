@@ -151,9 +151,11 @@ def noised_dice(site: Site, results: Sequence[SubjectMetrics], permit: Permit) -
     The mean over patients of each patient's mean over scans, so that one of n patients changes each
     of the three by at most 1/n, whatever the number of scans, and their vector by sqrt(3)/n.
     """
+    people = patients_of(site, site.held_out)
+    person = {scan.id: name for name, scans in people.items() for scan in scans}
     of: dict[str, list[SubjectMetrics]] = {}
     for result in results:
-        of.setdefault(site.patients[result.subject], []).append(result)
+        of.setdefault(person[result.subject], []).append(result)
     names = [f"dice/{region}" for region in REGIONS]
     means = [[summarise(scans).means[name] for name in names] for scans in of.values()]
     values = torch.tensor(means, dtype=torch.float64).mean(0)

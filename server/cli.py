@@ -55,7 +55,9 @@ def init(
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="TCP port; default 8443.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="quick, default or reference.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="quick, default, reference or private.")
+    ] = None,
     assign: Annotated[
         list[str] | None,
         typer.Option("--set", help="One key of federation.yaml, as section.key=value. Repeatable."),

@@ -32,7 +32,7 @@ Data = Annotated[Path, typer.Argument(help="Folder in BraTS layout.")]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="A federation.yaml; see `fed-sim config`.")
 ]
-Preset = Annotated[str | None, typer.Option(help="quick, default or reference.")]
+Preset = Annotated[str | None, typer.Option(help="quick, default, reference or private.")]
 Assign = Annotated[
     list[str] | None,
     typer.Option("--set", help="One key of federation.yaml, as section.key=value. Repeatable."),

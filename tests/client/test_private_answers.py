@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -252,7 +253,9 @@ def test_the_noise_of_metrics_covers_what_one_patient_can_change(make_site):
     permit = pay_for_metrics(site, 1)
     many, times = 200, 600  # so many subjects that 0 and 1 are far away
     scores = {region: {"dice": 0.5} for region in ("WT", "TC", "ET")}
-    measured = [SubjectMetrics(f"s{i}", scores, 1.0, None) for i in range(many)]
+    scans = [replace(site.held_out[0], id=f"s{i}", fingerprints=()) for i in range(many)]
+    measured = [SubjectMetrics(scan.id, scores, 1.0, None) for scan in scans]
+    site = replace(site, held_out=tuple(scans))
 
     def drawn() -> np.ndarray:
         return np.array([list(noised_dice(site, measured, permit).values()) for _ in range(times)])
