@@ -18,6 +18,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from client.app import app
 from client.budget import pay_for_metrics
 from client.ledger import DONE, METRICS, PLAN, TRAINING, UNPROTECTED, create_ledger, open_ledger
+from client.privacy import train_privately
 from client.private_answers import noised_dice
 from client.site import load_site, write_site
 from client.site_config import PrivacyBudget
@@ -290,3 +291,28 @@ def test_every_statement_tells_how_far_the_ledger_goes(make_site):
     stated = read_statement(unpack_site_report(evaluate(site).content).statement.text)
     with open_ledger(load_site(site).ledger, None, write=False) as ledger:
         assert (stated.ledger, stated.entries, stated.head) == (ledger.id, 3, ledger.head)
+
+
+def test_two_scans_of_one_patient_are_trained_on_as_one_patient(make_site, monkeypatch):
+    """Trap 6: what is paid for is what is clipped."""
+    site = make_site(PrivacyBudget(epsilon=8))
+    manifest = json.loads((site / "site.json").read_text())
+    first, second, third = manifest["training"]
+    manifest["patients"][second] = first
+    (site / "site.json").write_text(json.dumps(manifest))
+    os.utime(site / "site.json", (2e9, 2e9))
+    trained = []
+    real = train_privately
+    monkeypatch.setattr(
+        "client.private_answers.train_privately",
+        lambda network, patients, *rest, **named: (
+            trained.append(patients) or real(network, patients, *rest, **named)
+        ),
+    )
+    stated = read_statement(unpack_site_update(train(site).content).statement.text)
+    (patients,) = trained
+    assert {name: [s.id for s in scans] for name, scans in patients.items()} == {
+        first: [first, second],
+        third: [third],
+    }
+    assert stated.patients == 2
