@@ -122,6 +122,16 @@ def _anchored(given: dict[str, Any], folder: Path) -> dict[str, Any]:
     return given
 
 
+def anchored(config: FederationConfig, folder: Path) -> FederationConfig:
+    """The configuration with a relative `server.init_from` as meant from `folder`."""
+    path = config.server.init_from
+    if path is None:
+        return config
+    path = (folder / path.expanduser()).absolute()
+    server = config.server.model_copy(update={"init_from": path})
+    return config.model_copy(update={"server": server})
+
+
 def commented(config: BaseModel, *, omit: Collection[str] = ()) -> str:
     """The whole configuration as YAML, with what each key means above it: a file to start from.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from common.config import FederationConfig
 from common.config_file import ConfigError
@@ -45,13 +44,3 @@ def beginning(config: FederationConfig) -> Beginning:
             "Give the weights of a run with the same `network`, `modalities` and shapes."
         ) from error
     return Beginning(weights, file_sha256(path))
-
-
-def anchored(config: FederationConfig, folder: Path) -> FederationConfig:
-    """The configuration with a relative `server.init_from` as meant from `folder`."""
-    path = config.server.init_from
-    if path is None:
-        return config
-    path = (folder / path.expanduser()).absolute()
-    server = config.server.model_copy(update={"init_from": path})
-    return config.model_copy(update={"server": server})

@@ -15,11 +15,10 @@ from pathlib import Path
 
 from common.code_hash import code_hash
 from common.config import FederationConfig
-from common.config_file import commented, load_config
+from common.config_file import anchored, commented, load_config
 from common.files import locked, write_text_atomically
 from common.invitation import Invitation
 from common.terms import Terms
-from server.beginning import anchored
 from server.certificates import (
     Certificate,
     host_name,

@@ -17,6 +17,7 @@ from typing import Any
 
 from flwr.app import Message, MessageType
 
+from common.config_file import anchored
 from common.console import PlainFormatter
 from common.files import locked, write_text_atomically
 from common.model import initial_weights
@@ -25,7 +26,7 @@ from common.wire import encode
 from server import enrolment
 from server.attendance import Attendance, note_terms
 from server.background import every
-from server.beginning import anchored, beginning
+from server.beginning import beginning
 from server.certificates import read_certificate
 from server.checkpoint import RunFolder
 from server.coordinator import CoordinatorFolder, host_and_port, terms

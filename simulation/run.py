@@ -16,12 +16,12 @@ from client.app import app as client_app
 from client.device import available_cores, best_device
 from client.privacy import NotProtectable, require_protectable
 from common.config import FederationConfig
-from common.config_file import ConfigError, dump_config, load_config
+from common.config_file import ConfigError, anchored, dump_config, load_config
 from common.files import locked, write_text_atomically
 from common.model import network_for
 from common.precision import autocast_dtype
 from server.app import app as server_app
-from server.beginning import anchored, beginning
+from server.beginning import beginning
 from server.checkpoint import RunFolder
 from server.history import History
 from server.roll_call import FederationFailed

@@ -101,6 +101,12 @@ def test_checking_scans_loads_no_torch():
     assert not loaded_by(*WITHOUT_TORCH) & {"torch", "monai", "flwr"}
 
 
+def test_the_coordinators_folder_is_handled_without_torch():
+    """Every command of fed-server but `start` and `export` answers within a second."""
+    modules = ("server.coordinator", "server.enrolment", "server.running")
+    assert not loaded_by(*modules) & {"torch", "monai", "matplotlib"}
+
+
 @pytest.mark.parametrize("command", ["simulation.cli", "client.cli", "server.cli"])
 def test_help_answers_at_once(command):
     program = f"import sys; sys.argv = ['x', '--help']; from {command} import main; main()"

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.config_file import ConfigError
+from common.config_file import ConfigError, anchored
 from common.model import initial_weights
 from common.weights import file_sha256, save_weights
-from server.beginning import anchored, beginning
+from server.beginning import beginning
 
 
 @pytest.fixture
