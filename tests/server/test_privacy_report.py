@@ -4,7 +4,6 @@ can be more than text in it."""
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -183,7 +182,6 @@ def test_signatures_by_the_sites_keys_also_replaced_ones_are_good_and_no_others(
         ({"epsilon": 0.75}, "round 3, training: epsilon fell from 1 to 0.75."),
         ({"epsilon": 8.5}, "round 3, training: epsilon 8.5 is above its budget 8."),
         ({"epsilon": None}, "round 3, training: it says private, without a possible epsilon"),
-        ({"epsilon": math.inf, "budget": None}, "without a possible epsilon and delta."),
         ({"delta": 0.0}, "without a possible epsilon and delta."),
         ({"noise_multiplier": None}, "round 3, training: it says private, without noise."),
         ({"noise_multiplier": 0.0}, "round 3, training: it says private, without noise."),
@@ -228,7 +226,7 @@ HOSTILE = "</td><script src=//evil></script>\x1b[2J[red]"
 
 
 def hostile_document(path) -> dict:
-    many = 10**400  # more than any float
+    many = 10**14  # the longest that is read at all
     statement = private(1, metrics=HOSTILE, ledger=HOSTILE, steps=many, patients=many)
     return document_of(path, [given(statement)], trained=(1,))
 
@@ -278,4 +276,4 @@ def test_whatever_a_site_writes_is_text(tmp_path):
     for text in (page, shown(document)):
         assert "\x1b" not in text
         assert "?[2J[red]" in text
-        assert "1" + "0" * 60 in text
+        assert "1" + "0" * 14 in text
