@@ -318,7 +318,9 @@ def _broken_clipping(seed: int) -> list[Fault]:
     real = PatientOptimizer.take
 
     def take(optimizer: PatientOptimizer, gradient: Gradient) -> None:
-        optimizer.max_grad_norm = math.inf  # the noise goes by the norm that was asked for
+        optimizer.max_grad_norm = optimizer._limit = (
+            math.inf
+        )  # the noise goes by the norm that was asked for
         real(optimizer, gradient)
 
     return [(PatientOptimizer, "take", take)]
