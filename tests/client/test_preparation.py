@@ -7,17 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from client.preparation import UnusableData, prepare_hospital
+from client.preparation import Prepared, UnusableData, prepare_hospital
 from client.site import load_site
+from client.site_config import SiteConfig
 from client.worker import _explain
+from common.code_hash import code_hash
+from common.config import FederationConfig
+from common.terms import Terms
 from sites.institutions import grades_of
 from sites.patients import PatientsError, patients_of
 from sites.site_cohort import prepare_site
 from sites.subject import discover
+from tests.client.conftest import FEDERATION
 
 
-def prepare(data: Path, tmp_path: Path, config, cache: Path):
-    return prepare_hospital("Oslo", data, cache, tmp_path / "state", config)
+def prepare(data: Path, tmp_path: Path, config: FederationConfig, cache: Path) -> Prepared:
+    settings = SiteConfig(data=data, cache=cache)
+    terms = Terms(FEDERATION, code_hash(), config)
+    return prepare_hospital("Oslo", settings, tmp_path / "state", terms)
 
 
 @pytest.fixture
