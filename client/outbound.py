@@ -20,6 +20,8 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, Message
 
+from common.console import many
+
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS sent (
     id INTEGER PRIMARY KEY, at TEXT NOT NULL, kind TEXT NOT NULL, round INTEGER, tensors INTEGER,
@@ -148,25 +150,21 @@ def in_words(record: Path) -> list[str]:
     lines = []
     if CARD in found:
         n, _, _, numbers, size = found[CARD]
-        lines.append(f"{_many(n, 'site card')} (name and numbers of subjects; {numbers} numbers)")
+        lines.append(f"{many(n, 'site card')} (name and numbers of subjects; {numbers} numbers)")
     if UPDATE in found:
         n, tensors, weights, numbers, size = found[UPDATE]
         lines.append(
-            f"{_many(n, 'model update')} ({tensors} tensors of {weights:,} numbers each time, "
+            f"{many(n, 'model update')} ({tensors} tensors of {weights:,} numbers each time, "
             f"{numbers} other numbers, {_size(size)} in all)"
         )
     if METRICS in found:
         n, _, _, numbers, size = found[METRICS]
-        lines.append(f"{_many(n, 'set')} of mean metrics ({numbers} numbers, {_size(size)} in all)")
+        lines.append(f"{many(n, 'set')} of mean metrics ({numbers} numbers, {_size(size)} in all)")
     if ERROR in found:
-        lines.append(f"{_many(found[ERROR][0], 'error text')}")
+        lines.append(f"{many(found[ERROR][0], 'error text')}")
     if OTHER in found:
-        lines.append(f"{_many(found[OTHER][0], 'acknowledgement')}")
+        lines.append(f"{many(found[OTHER][0], 'acknowledgement')}")
     return lines or ["nothing"]
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _size(size: int) -> str:

@@ -108,6 +108,7 @@ def privacy_plan(
         raise typer.BadParameter("give DIR, or --patients.", param_hint="DIR")
     with _failing():
         from client.hospital import load_hospital
+        from client.plan_display import plan_table, write_plot
         from client.privacy_plan import (
             EPSILONS,
             Cohort,
@@ -117,8 +118,6 @@ def privacy_plan(
             config_of,
             parameters_of,
             plan_document,
-            plan_table,
-            write_plot,
         )
         from common.config_file import load_config
 

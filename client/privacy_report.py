@@ -8,7 +8,6 @@ tell whether that code does what it says. Nothing is sent. How it looks is `clie
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 from client.accounting import accountant_name
 from client.budget import default_delta, most_spent
 from client.consent import NotAccepted, accepted_terms
+from client.guarantee import in_words, percent, right_at_most
 from client.hospital import HospitalFolder
 from client.ledger import (
     DONE,
@@ -31,11 +31,13 @@ from client.ledger import (
     Patient,
     open_ledger,
 )
+from client.not_covered import not_covered
 from client.outbound import CARD, ERROR, UPDATE, departures
 from client.outbound import METRICS as METRICS_SENT
 from client.site_config import PrivacyBudget, load_site_config
 from client.system_noise import SOURCE
 from common.code_hash import code_hash
+from common.console import many
 from common.files import lock_holder
 from common.invitation import BadInvitation, read_invitation
 from common.keys import read_public_key
@@ -60,7 +62,6 @@ PROTECTED_FROM = (
 NOT_PROTECTED_FROM = ("this hospital itself, which has the scans",)
 DONE_STATE, RUNNING_STATE, BROKEN_STATE = "carried through", "in progress", "interrupted"
 DELTAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # at which the accountant is asked, too
-FALSE_ALARMS = 0.01  # of the test in `found_at_most`
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,9 @@ def privacy_document(hospital: HospitalFolder) -> dict[str, Any]:
         "mechanism": _mechanism(s, spends),
         "ledger": _about_ledger(s),
         "released": released,
-        "not_covered": _not_covered(s, released, unprotected),
+        "not_covered": not_covered(
+            s.coordinator, s.budget.metrics if s.budget else EXACT, released, unprotected
+        ),
         "versions": {name: version(name) for name in ("fedbrats", "opacus", "torch")},
         "code": code_hash(),
     }
@@ -130,7 +133,7 @@ def privacy_document(hospital: HospitalFolder) -> dict[str, Any]:
 
 def _gathered(hospital: HospitalFolder) -> _Sources:
     settings = load_site_config(hospital.config)
-    budget = None if settings.privacy == "off" else settings.privacy
+    budget = settings.privacy
     warnings: list[str] = []
     terms = None
     try:
@@ -220,25 +223,6 @@ def _spent(s: _Sources, delta: float | None, spends: Sequence[Entry]) -> dict[st
         bounds.append(right_at_most(max(0.0, most_spent(s.ledger, members, other)), other))
     left = None if budget is None else max(0.0, budget - epsilon)
     return {"epsilon": epsilon, "delta": delta, "left": left, "guess": min(bounds)}
-
-
-def right_at_most(epsilon: float, delta: float) -> float:
-    """How often a guess can be right at best whether a patient took part, if both are equally likely.
-
-    From the bound that (epsilon, delta) sets to any hypothesis test (Kairouz, Oh, Viswanath 2015,
-    arXiv:1311.0776): false alarms + e^epsilon misses >= 1 - delta, and the same exchanged.
-    """
-    return min(1.0, 1 - (1 - delta) / (1 + _exp(epsilon)))
-
-
-def found_at_most(epsilon: float, delta: float, false_alarms: float = FALSE_ALARMS) -> float:
-    """Share of those who took part that a test can find which errs on `false_alarms` of the others."""
-    misses = (1 - delta - false_alarms) / _exp(epsilon)
-    return max(0.0, min(1.0, _exp(epsilon) * false_alarms + delta, 1 - misses))
-
-
-def _exp(epsilon: float) -> float:
-    return math.exp(min(epsilon, 700.0))  # beyond, no float holds it
 
 
 def _federations(s: _Sources, delta: float | None) -> list[dict[str, Any]]:
@@ -409,7 +393,7 @@ def _warnings(
         )
     if s.budget is not None and released["updates"]["without_privacy"]:
         warnings.append(
-            f"{_many(released['updates']['without_privacy'], 'update')} left without differential "
+            f"{many(released['updates']['without_privacy'], 'update')} left without differential "
             "privacy."
         )
     return warnings
@@ -431,7 +415,7 @@ def _headline(
         )
     without = max(len(unprotected), released["updates"]["without_privacy"])
     but = (
-        f" But {_many(without, 'round')} trained WITHOUT differential privacy: for what they "
+        f" But {many(without, 'round')} trained WITHOUT differential privacy: for what they "
         "revealed there is no guarantee at all."
         if without
         else ""
@@ -460,51 +444,9 @@ def _meaning(s: _Sources, spent: Mapping[str, Any]) -> list[str]:
         1,
         "That is what this one pair of epsilon and delta promises. The noise that was added gives "
         f"more: by the accountant's bounds at other deltas too, right in at most "
-        f"{_percent(spent['guess'])} of cases.",
+        f"{percent(spent['guess'])} of cases.",
     )
     return words
-
-
-def in_words(epsilon: float, delta: float) -> list[str]:
-    """What (epsilon, delta) lets anybody find out, and how much that is worth."""
-    if epsilon <= 1:
-        worth = "a strong guarantee."
-    elif epsilon <= 3:
-        worth = "a moderate guarantee."
-    elif epsilon <= 10:
-        worth = (
-            "a weak worst-case guarantee: alone it does not rule out that participation can be told "
-            "in most cases."
-        )
-    else:
-        worth = (
-            "next to no guarantee by itself: in the worst case participation could be told almost "
-            "for sure."
-        )
-    guesses = (
-        "Somebody for whom it is a toss-up beforehand (50 %) whether a certain patient took part, and "
-        "who then sees everything that this site released with privacy and knows all other patients, "
-        f"is right about it afterwards in at most {_percent(right_at_most(epsilon, delta))} of cases. "
-        f"A test with {FALSE_ALARMS:.0%} false alarms finds at most "
-        f"{_percent(found_at_most(epsilon, delta))} of those who took part."
-    )
-    attacks = (
-        "Attacks that people have tried on models trained with noise usually find far less than such "
-        "bounds allow. That is experience, not a guarantee: the bound also holds for attacks that "
-        "nobody has tried yet. A smaller epsilon is stronger."
-    )
-    rest = (
-        f"Delta {delta:.3g} is the probability for which the above promises nothing. It should be "
-        "well below one in the number of patients; by default it is a tenth of that."
-    )
-    return [guesses, f"An epsilon of {epsilon:.3g} is {worth}", attacks, rest]
-
-
-def _percent(share: float) -> str:
-    """Rounded up, as befits a bound, but not to certainty."""
-    digits = 2 if share > 0.99 else 1
-    up = math.ceil(share * 10 ** (2 + digits)) / 10**digits
-    return "nearly 100 %" if share < 1 and up >= 100 else f"{up:.{digits}f} %"
 
 
 def _mechanism(s: _Sources, spends: Sequence[Entry]) -> dict[str, Any]:
@@ -551,95 +493,6 @@ def _about_ledger(s: _Sources) -> dict[str, Any] | None:
         "head": s.ledger.head,
         "verified": checked,
     }
-
-
-def _not_covered(
-    s: _Sources, released: Mapping[str, Any], unprotected: Sequence[Mapping[str, Any]]
-) -> list[dict[str, str]]:
-    """What epsilon says nothing about, each with what is known about it here."""
-    to = f"the coordinator ({s.coordinator})" if s.coordinator else "the coordinator"
-    way = s.budget.metrics if s.budget else EXACT
-    metrics = released["metrics"]
-    counts = ", ".join(f"{metrics[key]} {key}" for key in (WITHHELD, NOISED, EXACT))
-    held = {
-        WITHHELD: "Withheld: no result of theirs leaves. Their number does.",
-        NOISED: "Covered by the budget: their mean Dice leaves with noise, paid for in the ledger.",
-        EXACT: "NOT protected: the means over them leave as they are; over one subject, the mean is "
-        "that subject's result.",
-    }[way]
-    size = released["site_size"]
-    sizes = (
-        f"Sent last: {size.get('n_training', '?')} training, {size.get('n_held_out', '?')} held-out, "
-        f"{size.get('n_left_out', '?')} left-out subjects."
-        if size
-        else "None sent yet."
-    )
-    rounds = "none that the ledger knows of."
-    if unprotected:
-        same = sum(entry["same_patients"] for entry in unprotected)
-        rounds = (
-            f"{_many(len(unprotected), 'round')} WITHOUT differential privacy are in the ledger "
-            f"and listed here, {same} of them on patients who also have rounds with privacy. For "
-            "those patients the epsilon covers the private rounds only."
-        )
-    listed = {
-        "Metrics on held-out patients": (
-            f"This site's choice is {way} (withheld unless site.yaml says otherwise; without privacy, "
-            f"exact). Sets of metrics that left so far: {counts}. They go to {to}, who keeps them "
-            "and may pass them on. Exact ones are outside of any epsilon."
-        ),
-        "Held-out patients": held,
-        "Size of the site": (
-            "The numbers of training, held-out and left-out subjects are sent as they are, and each "
-            f"statement holds the number of patients. {sizes}"
-        ),
-        "Patients of several hospitals": (
-            "Who is also trained on elsewhere has an epsilon at each hospital; they add up, and no "
-            "hospital knows of the other's."
-        ),
-        "Taking part before": (
-            "Noise and epsilon follow the most affected patient, and both are told. Whoever knows of "
-            "earlier federations can see in them that one of their patients takes part here too."
-        ),
-        "Timing and failures": (
-            "When an answer comes, how long it takes, and that a round failed can be seen from "
-            f"outside and may depend on the patients. {_many(released['error_texts'], 'error text')} "
-            f"and {_many(released['updates']['with_loss'], 'mean training loss', 'es')} were sent."
-        ),
-        "Choice of settings": (
-            "Rounds, clipping norm, network and learning rate are people's choices. If they were "
-            "made by looking at results on the same patients, that is not counted."
-        ),
-        "Choice of the best round": (
-            "The coordinator may choose the model by the Dice on held-out patients that the sites "
-            "release; with exact metrics that choice depends on those patients outside of epsilon, who "
-            "may have trained in another federation."
-        ),
-        "Preparation of the scans": (
-            "Which scans were taken, left out or corrected is not counted. Normalisation is within "
-            "each volume; no statistic over patients enters the model."
-        ),
-        "Models trained before, or without privacy": f"Rounds on these patients: {rounds} Whatever "
-        "was trained on them elsewhere is unknown here.",
-        "Scans under another name": (
-            "A person is recognised by id or by the voxels of any scan. A scan that was both renamed "
-            "and changed counts as a new patient, whose spending begins anew."
-        ),
-        "What the hospital keeps itself": (
-            "Scans, prepared scans, results of single patients, kept answers, logs and this report "
-            "lie in the hospital's own folders and are as safe as those."
-        ),
-        "The program": (
-            "The bound is proved for exact numbers; the program computes with 32-bit floats (noise "
-            "is made to hide their last bits). Whether the installed code does what it says is for "
-            "a review of the code whose hash is given here."
-        ),
-    }
-    return [{"what": what, "why": why} for what, why in listed.items()]
-
-
-def _many(count: int, what: str, plural: str = "s") -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}{plural}"
 
 
 def _now() -> str:

@@ -89,6 +89,11 @@ def complain(name: str, message: str) -> None:
     print(f"{name}: {printable(message)}", file=sys.stderr)
 
 
+def many(count: int, what: str, plural: str = "s") -> str:
+    """`1 round`, `2 rounds`."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}{plural}"
+
+
 def plain(text: str, most: int = 500) -> str:
     """One line of at most so many characters, for a text that another machine sent."""
     line = printable(text).replace("\n", " ")

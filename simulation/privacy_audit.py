@@ -18,46 +18,39 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from scipy.stats import binom, chi2
+from scipy.stats import chi2
 
-import client.privacy
 from client.accounting import Steps, epsilon
 from client.app import app
-from client.ledger import TRAINING, Entry, create_ledger, open_ledger
-from client.privacy import Gradient, PatientOptimizer
-from client.site import write_site
-from client.site_config import PrivacyBudget
+from client.ledger import TRAINING, Entry, open_ledger
 from common.config import FederationConfig
-from common.config_file import dump_config, load_config
+from common.config_file import load_config
 from common.files import write_text_atomically
 from common.messages import TrainTask, pack_train_task, unpack_site_update
 from common.model import initial_weights
 from common.records import BadMessage
 from common.weights import BadWeights, Weights
+from simulation.canaries import LOUDNESS, Canaries, draw, singing, write_site_with
 from simulation.cohort import assemble
 from simulation.grid import run_in_process
-from sites.cache import CachedSubject, load_entry
+from simulation.one_run_bound import CONFIDENCE, lower_bound, right_guesses
+from simulation.planted_faults import planted
+from sites.cache import CachedSubject
 from sites.phantom_cohort import write_cohort
 
-CONFIDENCE = 0.95  # of the lower bound
 GUESSED = 0.5  # of the canaries: fixed in advance, the best of several would be no bound
-LOUDNESS = 100.0  # a canary's gradient, in clipping norms
 FALSE_ALARM = 1e-6  # chance that a direct measurement accuses a sound client
 DEVIATIONS = 5.0  # standard errors by which one patient's influence must exceed C: 3e-7
 ALIKE = 0.5  # correlation of two releases whose noise was drawn twice is near 0
-CANARY = "canary-"
 FEWEST = 16  # canaries
 SHAPE = (32, 32, 20)  # voxels of a phantom
 AUDITED, REPEATED = 1, 2  # nodes
@@ -66,14 +59,6 @@ BOUND, NOISE, REPETITION, INFLUENCE = "bound", "noise", "repetition", "influence
 
 class NotAudited(RuntimeError):
     """The audit could not be carried through; the text says why."""
-
-
-@dataclass(frozen=True)
-class Canaries:
-    """Each one's coordinate among all the network's weights, and whether it takes part."""
-
-    coordinates: np.ndarray
-    inside: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -161,12 +146,12 @@ def audit(
     if not FEWEST <= canaries <= values // 2:
         raise NotAudited(f"{canaries} canaries: there must be {FEWEST} to {values // 2}.")
     real = _phantoms(folder, config, patients)
-    drawn = _draw(canaries, values)
+    drawn = draw(canaries, values)
     sites = {
-        node: _site(folder / place, config, budget, real, drawn)
+        node: write_site_with(folder / place, config, budget, real, drawn)
         for node, place in ((AUDITED, "audited"), (REPEATED, "repeated"))
     }
-    with planted(plant, config.seed), _singing(drawn, weights):
+    with planted(plant, config.seed), singing(drawn, weights):
         releases = _releases(folder, config, sites, weights)
     return _judged(
         releases[AUDITED],
@@ -178,57 +163,6 @@ def audit(
         learning_rate=config.privacy.learning_rate,
         plant=plant,
     )
-
-
-def lower_bound(
-    guesses: int, right: int, canaries: int, delta: float, confidence: float = CONFIDENCE
-) -> float:
-    """The largest epsilon that `right` of `guesses` exclude: at least so much is lost, at `delta`.
-
-    Theorem 5.2 of Steinke, Nasr and Jagielski 2023; 0 if the guesses exclude nothing.
-    """
-    low, high = 0.0, 1.0
-    if p_value(guesses, right, canaries, low, delta) >= 1 - confidence:
-        return 0.0
-    while p_value(guesses, right, canaries, high, delta) < 1 - confidence:
-        low, high = high, 2 * high
-    while high - low > 1e-6:
-        middle = (low + high) / 2
-        if p_value(guesses, right, canaries, middle, delta) < 1 - confidence:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def p_value(guesses: int, right: int, canaries: int, epsilon: float, delta: float) -> float:
-    """At most the chance of that many right guesses if training were (epsilon, delta)-private.
-
-    Theorem 5.2 of Steinke, Nasr and Jagielski 2023: P[B >= v] + 2 m delta max_i P[v > B >= v - i] / i
-    for B ~ Binomial(r, 1 / (1 + e^-epsilon)), v right of r guesses about m canaries.
-    """
-    chance = 1 / (1 + math.exp(-epsilon))
-    below = np.cumsum(binom.pmf(np.arange(right - 1, -1, -1), guesses, chance))
-    steepest = float((below / np.arange(1, right + 1)).max(initial=0.0))
-    enough = float(binom.sf(right - 1, guesses, chance))
-    return min(1.0, enough + 2 * canaries * delta * steepest)
-
-
-def right_guesses(scores: np.ndarray, inside: np.ndarray, guesses: int) -> int:
-    """Of the guesses that the highest `guesses`/2 scores took part and as many lowest did not: the right."""
-    order = np.argsort(scores)
-    half = guesses // 2
-    return int(inside[order[-half:]].sum() + (~inside[order[:half]]).sum())
-
-
-@contextmanager
-def planted(bug: str | None, seed: int) -> Iterator[None]:
-    """Put a fault into the client for as long as the block runs: one of PLANTS, or None."""
-    with ExitStack() as stack:
-        if bug is not None:
-            for owner, name, faulty in PLANTS[bug](seed):
-                stack.enter_context(patch.object(owner, name, faulty))
-        yield
 
 
 def lines(result: Audit) -> list[str]:
@@ -285,130 +219,12 @@ FOUND = {
 }
 
 
-Fault = tuple[object, str, Callable[..., Any]]  # whose attribute, its name, what to put there
-
-
-def _no_noise(seed: int) -> list[Fault]:
-    return [(client.privacy, "add_system_gaussian", lambda values, deviation: None)]
-
-
-def _half_noise(seed: int) -> list[Fault]:
-    real = client.privacy.add_system_gaussian
-    half = lambda values, deviation: real(values, deviation / 2)  # noqa: E731
-    return [(client.privacy, "add_system_gaussian", half)]
-
-
-def _seeded_noise(seed: int) -> list[Fault]:
-    generator, steps = torch.Generator(), client.privacy.take_steps
-
-    def take_steps(*arguments: Any, **more: Any) -> None:
-        generator.manual_seed(seed)
-        steps(*arguments, **more)
-
-    def add(values: torch.Tensor, deviation: float) -> None:
-        values.add_(torch.randn(values.shape, generator=generator), alpha=deviation)
-
-    return [
-        (client.privacy, "take_steps", take_steps),
-        (client.privacy, "add_system_gaussian", add),
-    ]
-
-
-def _broken_clipping(seed: int) -> list[Fault]:
-    real = PatientOptimizer.take
-
-    def take(optimizer: PatientOptimizer, gradient: Gradient) -> None:
-        optimizer.max_grad_norm = optimizer._limit = (
-            math.inf
-        )  # the noise goes by the norm that was asked for
-        real(optimizer, gradient)
-
-    return [(PatientOptimizer, "take", take)]
-
-
-PLANTS: dict[str, Callable[[int], list[Fault]]] = {
-    "no-noise": _no_noise,
-    "seeded-noise": _seeded_noise,
-    "broken-clipping": _broken_clipping,
-    "half-noise": _half_noise,
-}
-"""Faults by name: the federation's seed -> what to put in whose place in the client."""
-
-
 def _phantoms(folder: Path, config: FederationConfig, patients: int) -> tuple[CachedSubject, ...]:
     data = write_cohort(
         folder / "data", sites=1, subjects_per_site=patients, shape=SHAPE, seed=config.seed
     )
     (site,) = assemble(data, config, folder / "cache").sites
     return (*site.training, *site.held_out)
-
-
-def _draw(canaries: int, values: int) -> Canaries:
-    rng = np.random.default_rng(secrets.randbits(256))
-    inside = np.array([bool(secrets.randbits(1)) for _ in range(canaries)])
-    return Canaries(rng.choice(values, canaries, replace=False), inside)
-
-
-def _site(
-    folder: Path,
-    config: FederationConfig,
-    budget: float,
-    real: Sequence[CachedSubject],
-    canaries: Canaries,
-) -> Path:
-    """A site as `simulation.cohort` writes it, with the canaries that take part."""
-    folder.mkdir(parents=True)
-    about = json.loads((real[0].folder / "about.json").read_text(encoding="utf-8"))
-    entries = []
-    for number in np.flatnonzero(canaries.inside):
-        name = f"{CANARY}{number:05d}"
-        entry = folder / "canaries" / name
-        entry.mkdir(parents=True)
-        # a person and a scan of its own for the ledger; nobody looks at its voxels, so it has none
-        own = {"subject": name, "digest": name, "fingerprints": [name], "sizes": {}}
-        (entry / "about.json").write_text(json.dumps({**about, **own}), encoding="utf-8")
-        entries.append(load_entry(entry))
-    ledger = folder / "privacy-ledger.sqlite"
-    create_ledger(ledger)
-    write_site(
-        folder,
-        name="audited",  # of both: seeds depend on it
-        trains=True,
-        config_text=dump_config(config),
-        training=(*real, *entries),
-        held_out=(),
-        findings=(),
-        federation=config.name,
-        budget=PrivacyBudget(epsilon=budget),
-        ledger=ledger,
-    )
-    return folder
-
-
-@contextmanager
-def _singing(canaries: Canaries, weights: Weights) -> Iterator[None]:
-    """Give each canary its gradient; every other patient's stays what it is."""
-    real = client.privacy.patient_gradient
-    ends = np.cumsum([tensor.numel() for tensor in weights.values()])
-    # in the order of the network's parameters, which are all there is: it has no buffers
-    silence = [torch.zeros_like(tensor) for tensor in weights.values()]
-
-    def gradient(
-        network: torch.nn.Module,
-        scans: Sequence[CachedSubject],
-        config: FederationConfig,
-        *more: Any,
-    ) -> tuple[Gradient, float]:
-        if not scans[0].id.startswith(CANARY):
-            return real(network, scans, config, *more)
-        coordinate = canaries.coordinates[int(scans[0].id.removeprefix(CANARY))]
-        k = int(np.searchsorted(ends, coordinate, side="right"))
-        loud = torch.zeros_like(silence[k])
-        loud.view(-1)[int(coordinate - ends[k])] = LOUDNESS * config.privacy.clip  # from the end
-        return [*silence[:k], loud, *silence[k + 1 :]], 0.0
-
-    with patch.object(client.privacy, "patient_gradient", gradient):
-        yield
 
 
 def _releases(

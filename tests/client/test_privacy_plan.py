@@ -23,9 +23,7 @@ from client.privacy_plan import (
     config_of,
     parameters_of,
     plan_document,
-    plan_table,
     verdict,
-    write_plot,
 )
 from common.config_file import load_config
 from common.invitation import write_invitation
@@ -33,7 +31,6 @@ from common.model import initial_weights
 from common.terms import Terms
 from tests.client.conftest import FEDERATION
 from tests.client.paid_site import N_TRAINING, prepared_site
-from tests.client.test_privacy_page import printed
 
 QUICK = Recipe("this plan", 6, 1, None, 10_000)
 
@@ -149,9 +146,6 @@ def test_what_no_noise_can_pay_for_is_said(private, alone):
     assert plan["course"] == []
     assert plan["verdict"] == DROWNS
     assert "cannot be paid for" in document["advice"][0]
-    lines = printed(plan_table(document, terminal=False)).splitlines()
-    [row] = [line for line in lines if DROWNS in line]
-    assert [cell.strip() for cell in row.strip("|").split("|")] == ["0.1", *"----", DROWNS]
 
 
 def test_a_network_that_cannot_be_protected_is_said_first(tiny_config, alone):
@@ -163,25 +157,6 @@ def test_a_network_that_cannot_be_protected_is_said_first(tiny_config, alone):
 
 def test_parameters_are_those_of_the_network(private):
     assert parameters_of(private) == sum(t.numel() for t in initial_weights(private).values())
-
-
-def test_the_table_has_every_plan(document):
-    text = printed(plan_table(document, terminal=False))
-    assert text.startswith("8 patients train (as given, 3 more held out), delta 0.0125; 6 rounds")
-    for plan in (*document["plans"], *document["compared"]):
-        assert f"{plan['noise_to_signal']:.3g}" in text
-    assert all(text_ in text for text_ in document["advice"])
-    assert max(map(len, text.splitlines())) < 400
-
-
-@pytest.mark.parametrize(("name", "begins"), [("plan.svg", b"<?xml"), ("plan.PNG", b"\x89PNG")])
-def test_plots(document, tmp_path, name, begins):
-    write_plot(document, tmp_path / name)
-    content = (tmp_path / name).read_bytes()
-    assert content.startswith(begins)
-    if name.endswith("svg"):
-        assert b"may learn from scratch" in content
-        assert b"preset private" in content
 
 
 # ------------------------------------------------------------------------------------ who trains

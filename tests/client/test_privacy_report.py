@@ -22,8 +22,9 @@ from client.budget import (
     statement,
 )
 from client.consent import accept
+from client.guarantee import right_at_most
 from client.ledger import LedgerError, create_ledger, open_ledger
-from client.privacy_report import found_at_most, in_words, privacy_document, right_at_most
+from client.privacy_report import privacy_document
 from client.site import Site
 from common.messages import (
     EXACT,
@@ -187,41 +188,6 @@ def test_a_deleted_cache_does_not_matter(hospital, site_of):
 
 
 # ---------------------------------------------------------------------------------- in plain words
-
-
-def test_right_at_most_is_the_hypothesis_testing_bound():
-    assert right_at_most(0.0, 0.0) == 0.5
-    assert right_at_most(8.0, 0.0) == pytest.approx(math.exp(8) / (1 + math.exp(8)))
-    assert right_at_most(0.0, 0.2) == pytest.approx(0.6)  # total variation delta
-    assert right_at_most(1000.0, 0.5) == 1.0
-    # the best test of a Gaussian mechanism of mu 1 is right in Phi(1/2); no (eps, delta) says less
-    mu = 1.0
-    for e in (0.1, 0.5, 1.0, 2.0, 4.0):
-        normal = NormalDist()
-        delta = normal.cdf(-e / mu + mu / 2) - math.exp(e) * normal.cdf(-e / mu - mu / 2)
-        assert right_at_most(e, delta) >= normal.cdf(mu / 2) - 1e-12
-        power = normal.cdf(normal.inv_cdf(0.01) + mu)
-        assert found_at_most(e, delta) >= power - 1e-12
-
-
-def test_found_at_most_is_within_what_is_possible():
-    assert found_at_most(0.0, 0.0) == pytest.approx(0.01)
-    assert found_at_most(1.0, 0.0) == pytest.approx(0.01 * math.e)
-    # at 8 the false alarms bound nothing, the misses do
-    assert found_at_most(8.0, 0.0) == pytest.approx(1 - 0.99 * math.exp(-8))
-    assert found_at_most(1000.0, 0.0) == 1.0
-    assert found_at_most(0.0, 1.0) == 1.0
-
-
-def test_a_large_epsilon_is_called_weak(hospital, site_of):
-    said = " ".join(in_words(8.0, 0.0))
-    assert "99.97 %" in said
-    assert "weak worst-case guarantee" in said
-    assert "not a guarantee" in said
-    assert "strong guarantee" in " ".join(in_words(0.5, 1e-5))
-    assert "next to no guarantee" in " ".join(in_words(25.0, 1e-5))
-    # never rounded to what would be better than the truth
-    assert "in at most nearly 100 % of cases" in " ".join(in_words(25.0, 1e-5))
 
 
 def test_the_guess_is_bounded_by_all_deltas(hospital, site_of):
