@@ -45,6 +45,11 @@ WAIT_SECONDS = 600.0  # for another process that is writing
 Patient = frozenset[str]  # everything that a person can be recognised by, hashed
 
 
+def anchor_in(folder: Path) -> Path:
+    """Where a site's folder remembers how far its ledger went."""
+    return folder / "ledger-anchor.json"
+
+
 class LedgerError(RuntimeError):
     """The ledger is missing, damaged or not the one it was; the text says what to do."""
 

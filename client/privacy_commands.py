@@ -173,7 +173,7 @@ def privacy_ledger(
         from dataclasses import asdict
 
         from client.hospital import load_hospital
-        from client.ledger import open_ledger
+        from client.ledger import anchor_in, open_ledger
         from client.privacy_page import ledger_table
         from client.site_config import load_site_config
 
@@ -181,7 +181,7 @@ def privacy_ledger(
         path = load_site_config(hospital.config).privacy_ledger
         if create:
             _create(hospital, path)
-        anchor = _anchor(hospital)
+        anchor = anchor_in(hospital.state)
         with open_ledger(path, anchor if anchor.exists() else None, write=False) as ledger:
             pass
         document = {
@@ -205,9 +205,9 @@ def _create(hospital: HospitalFolder, path: Path) -> None:
     """Raises:
     LedgerError: there is one, or this folder has known one.
     """
-    from client.ledger import LedgerError, create_ledger
+    from client.ledger import LedgerError, anchor_in, create_ledger
 
-    anchor = _anchor(hospital)
+    anchor = anchor_in(hospital.state)
     if anchor.exists() and not path.exists():
         raise LedgerError(
             f"{anchor} remembers a ledger from which this site's patients were paid for, so a new "
@@ -222,10 +222,6 @@ def _create(hospital: HospitalFolder, path: Path) -> None:
         "of this hospital that remember the old one do not train until it is restored.",
         file=sys.stderr,
     )
-
-
-def _anchor(hospital: HospitalFolder) -> Path:
-    return hospital.state / "ledger-anchor.json"  # as `client.site.Site.anchor`
 
 
 def _failing() -> AbstractContextManager[None]:

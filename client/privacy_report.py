@@ -29,6 +29,7 @@ from client.ledger import (
     Entry,
     Ledger,
     Patient,
+    anchor_in,
     open_ledger,
 )
 from client.not_covered import not_covered
@@ -148,7 +149,7 @@ def _gathered(hospital: HospitalFolder) -> _Sources:
             warnings.append(f"The invitation cannot be read: {error}")
     prepared = _prepared(hospital)
     # an anchor is not made here: only what pays for a round vouches for a ledger
-    anchor = hospital.state / "ledger-anchor.json"
+    anchor = anchor_in(hospital.state)
     known = anchor if anchor.exists() else None
     ledger = None
     if budget is not None or known is not None or settings.privacy_ledger.exists():

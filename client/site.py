@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from client.ledger import anchor_in
 from client.site_config import PrivacyBudget
 from common.config import FederationConfig
 from common.config_file import load_config
@@ -40,8 +41,7 @@ class Site:
 
     @property
     def anchor(self) -> Path:
-        """Where the site remembers how far its ledger went."""
-        return self.folder / "ledger-anchor.json"
+        return anchor_in(self.folder)
 
 
 def write_site(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from client.ledger import create_ledger
+from client.ledger import anchor_in, create_ledger
 from client.site import write_site
 from client.site_config import PrivacyBudget
 from common.config import FederationConfig
@@ -171,7 +171,7 @@ def _protection(site: Path, config: FederationConfig) -> dict[str, Any]:
     if config.privacy.epsilon is None:
         return {}
     ledger = site / "privacy-ledger.sqlite"
-    if not ledger.exists() and not (site / "ledger-anchor.json").exists():
+    if not ledger.exists() and not anchor_in(site).exists():
         site.mkdir(parents=True, exist_ok=True)
         create_ledger(ledger)
     budget = PrivacyBudget(epsilon=config.privacy.epsilon, metrics=EXACT)
