@@ -182,6 +182,32 @@ def test_a_clipped_gradient_is_never_longer_than_the_norm(factor):
     assert length == pytest.approx(min(factor, 1.0), rel=3e-5)
 
 
+@pytest.mark.parametrize("taken", [1, 3])
+def test_gradients_of_any_layout_meet_their_own_weights(taken):
+    shape = (4, 3, 2, 3, 5)
+    last = torch.zeros(shape).to(memory_format=torch.channels_last_3d)
+    parameters = [torch.nn.Parameter(t) for t in (last, torch.zeros(shape), torch.zeros(7))]
+    torch.manual_seed(0)
+    drawn = [[torch.randn(p.shape) for p in parameters] for _ in range(taken)]
+    for one in drawn[1:]:
+        one[0] = one[0].to(memory_format=torch.channels_last_3d)
+        one[1] = one[1].transpose(0, 1).contiguous().transpose(0, 1)
+    asked = [[g.clone() for g in one] for one in drawn]
+    take_steps(
+        parameters,
+        lambda who: drawn[who],
+        taken,
+        Steps(0.0, 1.0, 1),
+        1e6,
+        optimiser="sgd",
+        learning_rate=float(taken),
+        what="",
+    )
+    for k, p in enumerate(parameters):
+        torch.testing.assert_close(-p.detach(), torch.stack([one[k] for one in asked]).sum(0))
+        assert all(torch.equal(one[k], a[k]) for one, a in zip(drawn, asked, strict=True))
+
+
 @pytest.mark.parametrize("fill", ["random", "constant"])
 def test_a_large_tensor_is_clipped_as_exactly(fill):
     """fp32 sums of squares are wrong by up to 1 % there, so Opacus' own norm would not do."""
