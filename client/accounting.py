@@ -43,7 +43,10 @@ class NotAffordable(ValueError):
 
 def accountant_name() -> str:
     """For reports: which accountant, which version, which error."""
-    return f"PRV (Opacus {version('opacus')}), upper bound, error {EPSILON_ERROR}"
+    return (
+        f"PRV (Opacus {version('opacus')}), upper bound, error {EPSILON_ERROR}; RDP's looser one above "
+        f"epsilon {LARGEST_FINE:g} and for deltas that PRV cannot resolve"
+    )
 
 
 def epsilon(history: Iterable[Steps], delta: float, error: float = EPSILON_ERROR) -> float:
@@ -62,7 +65,10 @@ def _epsilon(together: tuple[tuple[float, float, int], ...], delta: float, error
     accountant.history = list(together)
     with warnings.catch_warnings(), np.errstate(all="ignore"):  # log(1 - q) of a full batch
         warnings.simplefilter("ignore")  # it too asks RDP first
-        fine = float(accountant.get_epsilon(delta, eps_error=error))
+        try:
+            fine = float(accountant.get_epsilon(delta, eps_error=error))
+        except (ValueError, RuntimeError):  # a delta of 1e-13 or near 1: its grid ends before
+            return loose
     return min(loose, fine) if fine > 0 else loose
 
 

@@ -367,8 +367,11 @@ def _steps(entry: Entry) -> Steps:
 
 def _identities(site: Site, subjects: Sequence[CachedSubject]) -> list[Patient]:
     return [
-        identity(patient, (mark for scan in scans for mark in scan.fingerprints))
-        for patient, scans in patients_of(site, subjects).items()
+        identity(
+            {site.patients[scan.id] for scan in scans},
+            (mark for scan in scans for mark in scan.fingerprints),
+        )
+        for scans in patients_of(site, subjects).values()
     ]
 
 

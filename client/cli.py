@@ -88,7 +88,7 @@ def check(
 
     from common.progress import track
     from sites.checks import examine, same_patient_twice
-    from sites.patients import PatientsError, patients_of
+    from sites.patients import PatientsError, patients_of, unknown_in_list
     from sites.subject import discover
 
     name = site or data.resolve().name
@@ -111,6 +111,7 @@ def check(
     findings += same_patient_twice(digests)
     try:
         patients_of(discovery.subjects, data)
+        findings += unknown_in_list(discovery.subjects, data, site=name)
     except PatientsError as error:
         remedy = "Correct patients.csv; nothing is trained before."
         findings.append(Finding(name, "", "patients.csv", "error", "patients", str(error), remedy))

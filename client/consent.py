@@ -150,7 +150,8 @@ def _numbers(privacy: PrivacyBudget | None) -> str:
         return """\
    - the mean training loss, seconds and throughput of each round
    - means of the metrics over the held-out subjects, with the number of subjects behind each
-   - the signed statement that this site trains without differential privacy"""
+   - the signed statement that this site trains without differential privacy, with the hash of
+     the code and, if a ledger is kept, its random number, its length and its last hash"""
     metrics = {
         "withheld": "no metric: results of held-out subjects are withheld (site.yaml)",
         "noised": "noised mean Dice of the held-out subjects, within the privacy budget",
@@ -159,7 +160,9 @@ def _numbers(privacy: PrivacyBudget | None) -> str:
     return f"""\
    - no loss, time or throughput of training, for they depend on the patients
    - {metrics[privacy.metrics]}
-   - a signed statement of the privacy spent: epsilon, noise, steps, state of the ledger"""
+   - a signed statement of the privacy spent: epsilon, delta and budget, noise, rate, clipping
+     norm and steps, number of patients, hash of the code, the ledger's random number, length and
+     last hash (by which two federations can see that a site of each is the same hospital)"""
 
 
 def _privacy(privacy: PrivacyBudget | None, config: FederationConfig) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from client.ledger import LedgerError, create_ledger
+from client.ledger import LedgerError, anchor_in, create_ledger
 from client.site_config import SiteConfig, load_site_config
 from common.config_file import commented
 from common.files import locked, write_text_atomically
@@ -111,10 +111,20 @@ def init_hospital(path: Path, name: str, data: Path) -> HospitalFolder:
         config = SiteConfig(data=data.expanduser().absolute())
         write_text_atomically(folder.config, commented(config))  # last: the folder is finished
         ledger = load_site_config(folder.config).privacy_ledger
-        if not ledger.exists():
+        # where another folder remembers one, it was lost, and a new one would forget what was spent
+        if not ledger.exists() and not anchors_beside(ledger):
             with contextlib.suppress(LedgerError):  # needed, and asked for, with a budget only
                 create_ledger(ledger)
     return folder
+
+
+def anchors_beside(ledger: Path) -> list[Path]:
+    """Of the hospital's folders that lie beside `ledger`: each remembers a ledger it was paid from."""
+    try:
+        beside = [HospitalFolder(path) for path in sorted(ledger.parent.resolve().iterdir())]
+    except OSError:  # then nothing lies there
+        return []
+    return [anchor for folder in beside if (anchor := anchor_in(folder.state)).is_file()]
 
 
 def _refuse_unless_new(folder: HospitalFolder) -> None:

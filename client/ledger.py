@@ -84,9 +84,9 @@ class Entry:
     hash: str = ""
 
 
-def identity(patient: str, fingerprints: Iterable[str]) -> Patient:
-    """What a person is recognised by, from the id and the digests of the scans' voxels."""
-    marks = {f"id {patient}", *(f"voxels {digest}" for digest in fingerprints)}
+def identity(ids: Iterable[str], fingerprints: Iterable[str]) -> Patient:
+    """What a person is recognised by, from all ids and the digests of all scans' voxels."""
+    marks = {*(f"id {i}" for i in ids), *(f"voxels {digest}" for digest in fingerprints)}
     return frozenset(hashlib.sha256(mark.encode()).hexdigest()[:32] for mark in marks)
 
 
@@ -186,7 +186,8 @@ def open_ledger(path: Path, anchor: Path | None, *, write: bool = True) -> Itera
     of it, or nothing if the block raises.
 
     Args:
-        anchor: where this hospital's folder remembers the last entry; None: it does not.
+        anchor: where this hospital's folder remembers the last entry; None: it does not. Only
+            writing makes it: who merely looks does not vouch for a ledger.
         write: no other process can write meanwhile.
 
     Raises:
@@ -215,7 +216,7 @@ def open_ledger(path: Path, anchor: Path | None, *, write: bool = True) -> Itera
             _compare(ledger, anchor)
         yield ledger
         ledger._execute("COMMIT")
-        if anchor is not None and (ledger.head != before or not anchor.exists()):
+        if write and anchor is not None and (ledger.head != before or not anchor.exists()):
             write_anchor(anchor, ledger)
 
 
@@ -231,9 +232,12 @@ def _verified(path: Path, database: sqlite3.Connection) -> Ledger:
         raise _tampered(path, "its id is missing")
     groups = {}
     for hash_, document in database.execute("SELECT hash, document FROM patients"):
-        if hashlib.sha256(document.encode()).hexdigest() != hash_:
-            raise _tampered(path, "a group of patients was changed")
-        groups[hash_] = tuple(frozenset(member) for member in json.loads(document))
+        try:
+            if hashlib.sha256(document.encode()).hexdigest() != hash_:
+                raise ValueError("another hash")
+            groups[hash_] = tuple(frozenset(member) for member in json.loads(document))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise _tampered(path, "a group of patients was changed") from error
     ledger = Ledger(path, ids[0][0], [], groups, database)
     rows = database.execute("SELECT number, document, hash FROM entries ORDER BY number")
     for number, (stored, text, hash_) in enumerate(rows, start=1):

@@ -36,6 +36,11 @@ def not_covered(
         EXACT: "NOT protected: the means over them leave as they are; over one subject, the mean is "
         "that subject's result.",
     }[way]
+    if way != EXACT and metrics[EXACT]:
+        held += (
+            f" But {many(metrics[EXACT], 'set')} of exact ones left before, outside of any epsilon: "
+            "for what those told of them there is no guarantee."
+        )
     size = released["site_size"]
     sizes = (
         f"Sent last: {size.get('n_training', '?')} training, {size.get('n_held_out', '?')} held-out, "

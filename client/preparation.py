@@ -15,7 +15,7 @@ from common.config_file import dump_config
 from common.terms import Terms
 from sites.finding import Finding
 from sites.institutions import grades_of
-from sites.patients import patients_of
+from sites.patients import PATIENTS, PatientsError, patients_of, unknown_in_list
 from sites.site_cohort import prepare_site
 from sites.subject import discover
 
@@ -51,11 +51,15 @@ def prepare_hospital(name: str, settings: SiteConfig, state: Path, terms: Terms)
     discovery = discover(data, modalities=config.modalities, site=name)
     if not discovery.subjects:
         raise UnusableData(f"{data}: no subject was found.", discovery.findings)
+    unknown = unknown_in_list(discovery.subjects, data, site=name)
+    if unknown and settings.privacy is not None:
+        # two scans of one patient, taken for two, would lose twice what the ledger says
+        raise PatientsError(f"{data / PATIENTS} {unknown[0].what}. {unknown[0].remedy}")
     cache.mkdir(parents=True, exist_ok=True, mode=0o700)  # prepared scans are scans
     grades = grades_of(discovery.subjects, data)
     patients = patients_of(discovery.subjects, data)
     site = prepare_site(name, discovery.subjects, grades, patients, config, cache)
-    findings = tuple(dict.fromkeys((*discovery.findings, *site.findings)))
+    findings = tuple(dict.fromkeys((*discovery.findings, *site.findings, *unknown)))
     errors = [finding for finding in findings if finding.severity == "error"]
     bad = {finding.subject for finding in errors} - {""}
     if errors and config.on_bad_subject == "refuse":
@@ -74,7 +78,7 @@ def prepare_hospital(name: str, settings: SiteConfig, state: Path, terms: Terms)
         training=site.training,
         held_out=site.held_out,
         findings=findings,
-        patients=patients,
+        patients=site.patients,
         federation=terms.federation,
         budget=settings.privacy,
         ledger=settings.privacy_ledger,

@@ -36,8 +36,8 @@ def privacy_report(
     """Write what this site's patients have lost of their privacy, for a data-protection officer.
 
     One HTML page and the same as JSON. Exit code 0: written, also if nothing is protected; the
-    report says so. 1: the ledger is missing or was tampered with, or FOLDER cannot be written; then
-    nothing is. 2: wrong usage.
+    report says so. 1: the ledger is missing or was tampered with, and nothing is written; or FOLDER
+    cannot be written. 2: wrong usage.
     """
     start_logging()
     with _failing():
@@ -95,9 +95,10 @@ def privacy_plan(
     minute. Exit code 0: planned. 1: DIR or its data cannot be used. 2: wrong usage.
     """
     start_logging()
-    for hint, values in (("--epsilon", epsilon or ()), ("--expected-batch", [expected_batch])):
-        if any(value is not None and not 0 < value < float("inf") for value in values):
-            raise typer.BadParameter("must be a number above 0.", param_hint=hint)
+    if any(not 0 < value < float("inf") for value in epsilon or ()):
+        raise typer.BadParameter("must be a number above 0.", param_hint="--epsilon")
+    if expected_batch is not None and not 1 <= expected_batch < float("inf"):
+        raise typer.BadParameter("must be a number from 1.", param_hint="--expected-batch")
     if delta is not None and not 0 < delta < 1:
         raise typer.BadParameter("must be between 0 and 1.", param_hint="--delta")
     if plot is not None and plot.suffix.lower() not in PLOTS:
@@ -203,17 +204,20 @@ def privacy_ledger(
 
 def _create(hospital: HospitalFolder, path: Path) -> None:
     """Raises:
-    LedgerError: there is one, or this folder has known one.
+    LedgerError: there is one, or this folder or one beside it has known one.
     """
+    from client.hospital import anchors_beside
     from client.ledger import LedgerError, anchor_in, create_ledger
 
-    anchor = anchor_in(hospital.state)
-    if anchor.exists() and not path.exists():
+    own = anchor_in(hospital.state.resolve())
+    known = {anchor for anchor in (own, *anchors_beside(path)) if anchor.exists()}
+    if known and not path.exists():
+        anchors = " and ".join(str(anchor) for anchor in sorted(known))
         raise LedgerError(
-            f"{anchor} remembers a ledger from which this site's patients were paid for, so a new "
-            f"one would forget what they have spent. Restore {path} from a backup, or correct "
-            "`privacy_ledger` in site.yaml. Only if it is lost for good and the hospital answers "
-            f"for beginning anew: delete {anchor} by hand and type the command again."
+            f"{anchors}: a ledger is remembered there from which this site's patients were paid "
+            f"for, so a new one would forget what they have spent. Restore {path} from a backup, or "
+            "correct `privacy_ledger` in site.yaml. Only if it is lost for good and the hospital "
+            f"answers for beginning anew: delete {anchors} by hand and type the command again."
         )
     create_ledger(path)
     print(

@@ -172,11 +172,16 @@ def _gathered(hospital: HospitalFolder) -> _Sources:
 
 
 def _prepared(hospital: HospitalFolder) -> dict[str, Any]:
-    """site.json without its subjects' cache entries, which may have been deleted since."""
+    """site.json without its subjects' cache entries, which may have been deleted since; nothing if
+    it is not there or not one of this version."""
     try:
-        return dict(json.loads((hospital.state / "site.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        found = dict(json.loads((hospital.state / "site.json").read_text(encoding="utf-8")))
+        for side in ("training", "held_out"):
+            _ = [found["patients"][subject] for subject in found[side]]
+        _ = found["site"], len(found["left_out"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
+    return found
 
 
 def _count(s: _Sources, side: str) -> int | None:

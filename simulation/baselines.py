@@ -78,6 +78,7 @@ def compare(cohort: Cohort, out: Path, config: FederationConfig, engine: Engine)
         training=tuple(entry for site in cohort.sites for entry in site.training),
         held_out=(),
         findings=(),
+        patients=cohort.patients,
     )
     evaluators = tuple(
         replace(site, trains=False, training=()) for site in cohort.sites if site.held_out

@@ -6,6 +6,7 @@ Heavy imports happen inside the commands, so that `--help` answers at once.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -212,7 +213,7 @@ def results(
 
 
 class Plant(StrEnum):
-    """`simulation.privacy_audit.PLANTS` without its imports."""
+    """`simulation.planted_faults.PLANTS` without its imports."""
 
     NO_NOISE = "no-noise"
     SEEDED_NOISE = "seeded-noise"
@@ -245,6 +246,8 @@ def audit_privacy(
     """
     start_logging()
     with _failing_in_words():
+        if not math.isfinite(epsilon):
+            raise typer.BadParameter("must be a number.", param_hint="--epsilon")
         if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise typer.BadParameter(f"{out} exists already.", param_hint="--out")
         from tempfile import TemporaryDirectory

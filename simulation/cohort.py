@@ -20,7 +20,7 @@ from common.messages import EXACT
 from sites.checks import same_patient_twice
 from sites.finding import Finding
 from sites.institutions import Split, roles, split_subjects
-from sites.patients import patients_at_two_sites, patients_of
+from sites.patients import patients_at_two_sites, patients_of, unknown_in_list
 from sites.site_cohort import SiteCohort, prepare_site
 from sites.subject import Discovery, Subject, discover
 
@@ -104,9 +104,11 @@ def assemble(data: Path, config: FederationConfig, cache: Path) -> Cohort:
             min_subjects=config.split.min_subjects,
         )
         found += site.findings
+        patients = site.patients
         sites.append(site)
     usable = {site.name: (*site.training, *site.held_out) for site in sites}
     found += same_patient_twice((s, e.id, e.digest) for s in usable for e in usable[s])
+    found += unknown_in_list(discovery.subjects, data, site="")
     found += patients_at_two_sites({s: [e.id for e in usable[s]] for s in usable}, patients)
     findings = tuple(dict.fromkeys(found))
     cohort = Cohort(

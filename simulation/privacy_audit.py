@@ -123,7 +123,7 @@ def audit(
         budget: epsilon that the site may spend, all of it over `rounds`.
         patients: phantoms that take part beside the canaries.
         canaries: at least FEWEST; about half of them take part.
-        plant: one of PLANTS, a fault to put into the client meanwhile.
+        plant: one of `simulation.planted_faults.PLANTS`, a fault to put into the client meanwhile.
 
     Raises:
         NotAudited: the site refuses the task (its text says why), or `canaries` do not fit.

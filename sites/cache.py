@@ -59,10 +59,14 @@ class CachedSubject:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What became of a site's subjects: those ready, and every finding about all of them."""
+    """What became of a site's subjects: those ready, and every finding about all of them.
+
+    `twins` maps a subject that was left out, for it holds the very same scan as another, to that one.
+    """
 
     ready: tuple[CachedSubject, ...]
     findings: tuple[Finding, ...]
+    twins: dict[str, str]
 
 
 class CacheError(RuntimeError):
@@ -106,7 +110,10 @@ def prepare_subjects(
         ) from error
     findings += same_patient_twice((site, entry.id, entry.digest) for entry in ready)
     bad = {f.subject for f in findings if f.severity == "error"}
-    return Preparation(tuple(e for e in ready if e.id not in bad), tuple(findings))
+    first: dict[str, str] = {}
+    twins = {e.id: first.setdefault(e.digest, e.id) for e in ready}
+    twins = {left_out: kept for left_out, kept in twins.items() if left_out != kept}
+    return Preparation(tuple(e for e in ready if e.id not in bad), tuple(findings), twins)
 
 
 def load_entry(folder: Path) -> CachedSubject:

@@ -58,6 +58,37 @@ def patients_of(subjects: Sequence[Subject], root: Path) -> dict[str, str]:
     return patients
 
 
+def unknown_in_list(subjects: Sequence[Subject], root: Path, *, site: str) -> list[Finding]:
+    """Warnings for lines of `root`/patients.csv that name no subject: one misspelt scan is otherwise
+    taken for a patient by itself.
+
+    Raises:
+        PatientsError: the file cannot be read or contradicts itself.
+    """
+    unknown = set(_read(root / PATIENTS)) - {subject.id for subject in subjects}
+    if not unknown:
+        return []
+    # what is there and cannot be used has a finding of its own
+    here = [path.name for path in root.rglob("*")]
+    findings = []
+    for name in sorted(name for name in unknown if not any(n.startswith(name) for n in here)):
+        what = f"names subject {name}, of which no file is there"
+        remedy = (
+            "Correct the Subject_ID so that it equals the subject's folder, or delete the line."
+        )
+        findings.append(Finding(site, "", PATIENTS, "warning", "patients-unknown", what, remedy))
+    return findings
+
+
+def joined(patients: Mapping[str, str], twins: Mapping[str, str]) -> dict[str, str]:
+    """`patients` (subject id -> patient id), with the patients of subjects that hold one scan made one."""
+    found = dict(patients)
+    for one, other in twins.items():
+        before, after = found[one], found[other]
+        found = {subject: after if p == before else p for subject, p in found.items()}
+    return found
+
+
 def patients_at_two_sites(
     sites: Mapping[str, Sequence[str]], patients: Mapping[str, str]
 ) -> list[Finding]:

@@ -14,19 +14,24 @@ from common.config import FederationConfig
 from sites.cache import CachedSubject, prepare_subjects
 from sites.finding import Finding
 from sites.holdout import divide
+from sites.patients import joined
 from sites.preprocess import recipe_of
 from sites.subject import Subject
 
 
 @dataclass(frozen=True)
 class SiteCohort:
-    """A site's prepared subjects; one that only evaluates holds out all of them."""
+    """A site's prepared subjects; one that only evaluates holds out all of them.
+
+    `patients` maps subject ids to patient ids, after what the scans themselves tell of who is who.
+    """
 
     name: str
     trains: bool
     training: tuple[CachedSubject, ...]
     held_out: tuple[CachedSubject, ...]
     findings: tuple[Finding, ...]
+    patients: dict[str, str]
 
 
 def prepare_site(
@@ -52,6 +57,7 @@ def prepare_site(
     """
     preparation = prepare_subjects(subjects, recipe_of(config), cache, site=name)
     ready = {entry.id: entry for entry in preparation.ready}
+    patients = joined(patients, preparation.twins)
     training, held_out = divide(
         ready, grades, patients, seed=config.seed, fraction=config.held_out_fraction
     )
@@ -64,4 +70,5 @@ def prepare_site(
         training=tuple(ready[i] for i in training),
         held_out=tuple(ready[i] for i in held_out),
         findings=preparation.findings,
+        patients=patients,
     )

@@ -121,5 +121,17 @@ def test_rarity_does_not_buy_away_the_noise():
     assert noise_multiplier(1.0, 1 / 300, sampling_rate=0.1 / 30, steps=1) >= LEAST_NOISE
 
 
+@pytest.mark.parametrize("delta", [1e-300, 1e-20, 1e-14, 0.999])
+def test_a_delta_that_prv_cannot_resolve_has_a_bound_all_the_same(delta):
+    found = epsilon([Steps(2.0, 1.0, 20)], delta)
+    mu = math.sqrt(20) / 2.0  # one Gaussian mechanism (Balle and Wang 2018, theorem 8)
+    exact = norm.cdf(mu / 2 - found / mu) - math.exp(found) * norm.cdf(-mu / 2 - found / mu)
+    assert 0 <= exact <= delta
+    assert found < 2 * math.sqrt(2 * math.log(1 / delta)) * mu + mu**2
+
+
 def test_the_report_names_the_accountant():
-    assert accountant_name() == "PRV (Opacus 1.6.0), upper bound, error 0.001"
+    assert accountant_name() == (
+        "PRV (Opacus 1.6.0), upper bound, error 0.001; RDP's looser one above epsilon 100 and for "
+        "deltas that PRV cannot resolve"
+    )

@@ -214,6 +214,17 @@ def test_two_ids_with_one_scan_are_one_person_who_trains_once(make_site, prepare
     assert pay_for_training(site, 1).patients == 5
 
 
+def test_either_id_of_a_person_with_two_is_known_afterwards(make_site, prepared):
+    first, second = prepared.ready[:2]
+    alike = replace(second, fingerprints=(*second.fingerprints, first.fingerprints[0]))
+    site = replace(make_site(), training=(first, alike, *prepared.ready[2:6]))
+    pay_for_training(site, 1)
+    changed = replace(second, fingerprints=("exported anew",))  # known by its id alone
+    assert spent(replace(site, training=(changed,))) > 0
+    nobody = prepared.ready[6]
+    assert spent(replace(site, training=(nobody,))) == 0
+
+
 def test_who_was_trained_on_as_two_patients_has_spent_for_two(make_site, prepared):
     """Found out afterwards, by patients.csv: one gradient of theirs was worth two clipping norms."""
     site = make_site()

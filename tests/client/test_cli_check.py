@@ -235,3 +235,13 @@ def test_a_patients_csv_that_cannot_be_followed_is_found(tmp_path, cohort_data):
     (finding,) = [f for f in found if f["code"] == "patients"]
     assert "patients.csv" in finding["what"]
     assert "Patient_ID" in finding["what"]
+
+
+def test_a_line_of_patients_csv_about_nobody_is_warned_about(site):
+    (site / "patients.csv").write_text("Subject_ID,Patient_ID\nBraTS20_Training_1,P\n")
+    result = run("check", site)
+    assert result.returncode == 0
+    assert "names subject BraTS20_Training_1, of which no file is there" in " ".join(
+        result.stdout.split()
+    )
+    assert "0 errors, 1 warnings" in result.stdout

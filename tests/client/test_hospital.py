@@ -17,6 +17,7 @@ from client.hospital import (
     load_hospital,
     rotate_key,
 )
+from client.ledger import anchor_in
 from client.site_config import SiteConfig, load_site_config
 from common.config_file import ConfigError
 from common.files import AlreadyInUse, locked
@@ -271,3 +272,13 @@ def test_init_makes_the_ledger_beside_the_folder_once_for_all_folders(tmp_path):
     second = init_hospital(tmp_path / "b", "Oslo", tmp_path)
     assert load_site_config(second.config).privacy_ledger.resolve() == ledger.resolve()
     assert ledger.read_bytes() == before, "a ledger that is there is kept"
+
+
+def test_init_makes_no_ledger_where_one_was_lost(tmp_path):
+    first = init_hospital(tmp_path / "a", "Oslo", tmp_path)
+    first.state.mkdir()
+    anchor_in(first.state).write_text("{}")
+    ledger = tmp_path / "privacy-ledger.sqlite"
+    ledger.unlink()
+    init_hospital(tmp_path / "b", "Oslo", tmp_path)
+    assert not ledger.exists()

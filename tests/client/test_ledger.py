@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sqlite3
@@ -19,8 +20,8 @@ from client.ledger import (
     open_ledger,
 )
 
-ANNA = identity("Anna", ["aa", "ab"])
-BO = identity("Bo", ["ba"])
+ANNA = identity(["Anna"], ["aa", "ab"])
+BO = identity(["Bo"], ["ba"])
 
 
 def spend(round_: int = 1, **more) -> Entry:
@@ -57,18 +58,18 @@ def test_entries_come_back_in_order_with_the_group_they_are_about(ledger, anchor
         assert set(book.groups[book.entries[0].patients]) == {ANNA, BO}
         assert [e.round for e in book.entries_about(ANNA)] == [1, 2, 3]
         assert [e.round for e in book.entries_about(BO)] == [1, 2]
-        assert book.entries_about(identity("Cleo", ["ca"])) == []
+        assert book.entries_about(identity(["Cleo"], ["ca"])) == []
         assert book.entries[0].at.endswith("+00:00")
 
 
 def test_a_patient_is_recognised_by_id_or_by_any_scan(ledger):
     write(ledger, None, spend(1))
     with open_ledger(ledger, None) as book:
-        for same in (identity("Anna", []), identity("renamed", ["ab", "zz"])):
+        for same in (identity(["Anna"], []), identity(["renamed"], ["ab", "zz"])):
             assert [e.round for e in book.entries_about(same)] == [1]
         # seen once under both names, so both are one person from now on, in either direction
-        book.append(spend(2), [identity("A-17", ["ab"])])
-        for same in (identity("A-17", []), identity("Anna", []), identity("x", ["aa"])):
+        book.append(spend(2), [identity(["A-17"], ["ab"])])
+        for same in (identity(["A-17"], []), identity(["Anna"], []), identity(["x"], ["aa"])):
             assert [e.round for e in book.entries_about(same)] == [1, 2]
         assert [e.round for e in book.entries_about(BO)] == [1]
 
@@ -205,6 +206,25 @@ def test_a_shortened_replaced_or_rewritten_ledger_is_noticed_by_the_anchor(
         pass
     anchor.write_text("{")
     with pytest.raises(LedgerError, match=r"anchor.json is damaged"), open_ledger(ledger, anchor):
+        pass
+
+
+def test_who_only_looks_vouches_for_no_ledger(ledger, anchor):
+    with open_ledger(ledger, anchor, write=False):
+        pass
+    assert not anchor.exists()
+    write(ledger, anchor, spend(1))
+    assert json.loads(anchor.read_text())["entries"] == 1
+
+
+@pytest.mark.parametrize("document", [b"\xff", 5, "5", "[5]"])
+def test_a_group_of_patients_that_is_none_is_tampering(ledger, document):
+    write(ledger, None, spend(1))
+    with sqlite3.connect(ledger) as database:
+        database.execute("DROP TRIGGER patients_UPDATE")
+        hash_ = hashlib.sha256(str(document).encode()).hexdigest()
+        database.execute("UPDATE patients SET document = ?, hash = ?", (document, hash_))
+    with pytest.raises(LedgerError, match="group of patients"), open_ledger(ledger, None):
         pass
 
 

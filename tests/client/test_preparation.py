@@ -9,7 +9,7 @@ import pytest
 
 from client.preparation import Prepared, UnusableData, prepare_hospital
 from client.site import load_site
-from client.site_config import SiteConfig
+from client.site_config import PrivacyBudget, SiteConfig
 from client.worker import _explain
 from common.code_hash import code_hash
 from common.config import FederationConfig
@@ -21,8 +21,14 @@ from sites.subject import discover
 from tests.client.conftest import FEDERATION
 
 
-def prepare(data: Path, tmp_path: Path, config: FederationConfig, cache: Path) -> Prepared:
-    settings = SiteConfig(data=data, cache=cache)
+def prepare(
+    data: Path,
+    tmp_path: Path,
+    config: FederationConfig,
+    cache: Path,
+    budget: PrivacyBudget | None = None,
+) -> Prepared:
+    settings = SiteConfig(data=data, cache=cache, privacy=budget)
     terms = Terms(FEDERATION, code_hash(), config)
     return prepare_hospital("Oslo", settings, tmp_path / "state", terms)
 
@@ -102,6 +108,18 @@ def test_a_list_of_patients_that_contradicts_itself_is_said_on_the_hospitals_scr
         prepare(own_data, tmp_path, tiny_config(), tmp_path / "cache")
     assert not (tmp_path / "state").exists()
     assert _explain(caught.value) == (str(caught.value), [])
+
+
+def test_a_misspelt_line_of_the_list_is_refused_with_a_budget_and_warned_about_without(
+    own_data, tmp_path, tiny_config
+):
+    a, b, *_ = sorted(p.name for p in own_data.iterdir())
+    (own_data / "patients.csv").write_text(f"Subject_ID,Patient_ID\n{a},P\n{b.lower()},P\n")
+    cache = tmp_path / "cache"
+    assert prepare(own_data, tmp_path, tiny_config(), cache).warnings == 1
+    budget = PrivacyBudget(epsilon=8)
+    with pytest.raises(PatientsError, match=f"names subject {b.lower()}.*Correct the Subject_ID"):
+        prepare(own_data, tmp_path, tiny_config(), cache, budget)
 
 
 def test_a_folder_without_subjects_is_named(tmp_path, tiny_config):

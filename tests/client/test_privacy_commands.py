@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from client.cli import app
-from client.ledger import create_ledger, open_ledger
+from client.hospital import init_hospital
+from client.ledger import anchor_in, create_ledger, open_ledger
 from tests.client.paid_site import N_TRAINING, ledger_of, prepared_site, trained
 
 pytestmark = pytest.mark.usefixtures("undisturbed_log")
@@ -181,6 +182,17 @@ def test_create_refuses_where_another_was_known(paid):
     assert ledger_of(paid).exists()
 
 
+def test_create_refuses_where_a_folder_beside_remembers_another(paid):
+    beside = init_hospital(paid.path.parent / "beside", "Oslo", paid.path)
+    anchor_in(beside.state).parent.mkdir()
+    anchor_in(paid.state).rename(anchor_in(beside.state))
+    ledger_of(paid).unlink()
+    result = command("privacy-ledger", paid.path, "--create")
+    assert result.exit_code == 1
+    assert f"delete {anchor_in(beside.state)} by hand" in one_line(result.stderr)
+    assert not ledger_of(paid).exists()
+
+
 def test_create_where_no_folder_is(hospital, tmp_path):
     text = hospital.config.read_text() + "privacy_ledger: /nowhere/at/all.sqlite\n"
     hospital.config.write_text(text)
@@ -263,6 +275,8 @@ def test_plan_prints_and_draws(tmp_path):
         (("--patients", 8, "--epsilon", "inf"), "--epsilon"),
         (("--patients", 8, "--delta", 1), "--delta"),
         (("--patients", 8, "--expected-batch", -1), "--expected-batch"),
+        (("--patients", 8, "--expected-batch", 1e-200), "--expected-batch"),
+        (("--patients", 8, "--expected-batch", "nan"), "--expected-batch"),
         (("--patients", 8, "--plot", "plan.pdf"), "--plot"),
         (("--patients", 8, "--plot", "/nowhere/plan.svg"), "--plot"),
         (("--patients", 8, "--preset", "privat"), "privat"),

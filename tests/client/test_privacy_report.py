@@ -283,6 +283,29 @@ def test_what_left_is_counted_from_the_outbound_record(hospital, site_of):
     assert "12 training, 6 held-out, 2 left-out" in why(document, "Size of the site")
 
 
+@pytest.mark.parametrize("now", [WITHHELD, NOISED])
+def test_exact_metrics_of_before_are_not_forgotten(hospital, site_of, now):
+    site_of(metrics=now)
+    assert "left before" not in why(privacy_document(hospital), "Held-out patients")
+    means = SiteMetrics(6, {"dice/WT": 0.5}, {"dice/WT": 6})
+    sent(hospital, pack_site_report(SiteReport("Oslo", 1, means)))
+    said = why(privacy_document(hospital), "Held-out patients")
+    assert "But 1 set of exact ones left before" in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"site": "Oslo", "training": {"a": ""}, "held_out": {}}', '{"site": 5}'],
+)
+def test_a_list_of_subjects_of_another_version_is_none(hospital, site_of, text):
+    trained(site_of(), 1)
+    spent = privacy_document(hospital)["spent"]
+    (hospital.state / "site.json").write_text(text)
+    document = privacy_document(hospital)
+    assert document["mechanism"]["training_patients"] is None
+    assert document["spent"]["epsilon"] == spent["epsilon"]
+
+
 def test_an_update_without_privacy_is_counted_as_one(hospital, site_of):
     site = site_of(budget=None)
     send_update(hospital, site, statement(site, 1).text(), loss=0.5)

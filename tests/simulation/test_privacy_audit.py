@@ -180,6 +180,8 @@ def test_the_command_finds_a_fault_and_keeps_what_it_is_told_to(nowhere):
     ("arguments", "text"),
     [
         (("--plant", "magic"), "magic"),
+        (("--epsilon", "nan"), "--epsilon"),
+        (("--epsilon", "inf"), "--epsilon"),
         (("--canaries", "4"), "x>=16"),
         (("--epsilon", "0.01", "--rounds", "2000", *SMALLEST[4:]), "does not train"),
     ],

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from sites.patients import PatientsError, patients_at_two_sites, patients_of
+from sites.patients import (
+    PatientsError,
+    joined,
+    patients_at_two_sites,
+    patients_of,
+    unknown_in_list,
+)
 from sites.subject import Subject
 
 FIRST, SECOND, OTHER = "BraTS-GLI-00005-000", "BraTS-GLI-00005-001", "BraTS-GLI-00006-000"
@@ -181,3 +187,32 @@ def test_a_patient_at_two_sites_is_warned_about_at_the_later(tmp_path):
     assert [(f.site, f.subject) for f in found] == [("south", "c"), ("west", "e")]
     assert {(f.severity, f.code) for f in found} == {("warning", "patient-at-two-sites")}
     assert all("subject a of site north" in f.what for f in found)
+
+
+# ------------------------------------------------------------------------- who is one person after all
+
+
+def test_patients_of_subjects_with_one_scan_are_one():
+    before = {"a": "P1", "b": "P2", "c": "P2", "d": "P3", "e": "P4"}
+    after = {"a": "P1", "b": "P1", "c": "P1", "d": "P1", "e": "P4"}
+    assert joined(before, {"b": "a", "d": "c"}) == after
+    assert joined(before, {"d": "c", "b": "a"}) == after
+    assert joined(before, {}) == before
+
+
+def test_a_line_about_nobody_is_warned_about(tmp_path):
+    (tmp_path / "Case_3").mkdir()  # there, but not usable: that is said elsewhere
+    listed(tmp_path, "Case_1,P", "Case_02,P", "Case_3,P", "/etc,P", "..,Q", "[,Q")
+    subjects = [Subject(i, tmp_path / i, {}, None) for i in ("Case_1", "Case_2")]
+    found = unknown_in_list(subjects, tmp_path, site="Oslo")
+    assert [f.what.split(",")[0] for f in found] == [
+        f"names subject {name}" for name in ("..", "/etc", "Case_02", "[")
+    ]
+    assert {(f.site, f.file, f.severity) for f in found} == {("Oslo", "patients.csv", "warning")}
+
+
+def test_without_a_file_or_a_stranger_nothing_is_warned_about(tmp_path):
+    subjects = [Subject("Case_1", tmp_path, {}, None)]
+    assert unknown_in_list(subjects, tmp_path, site="Oslo") == []
+    listed(tmp_path, "Case_1,P")
+    assert unknown_in_list(subjects, tmp_path, site="Oslo") == []

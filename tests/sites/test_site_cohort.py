@@ -103,11 +103,27 @@ def test_who_cannot_be_used_counts_for_nothing(prepare, subjects, tmp_path):
     assert len(site.training) + len(site.held_out) == 5
     assert site.trains
     assert not prepare(chosen=spoilt, cache=cache, min_subjects=6).trains
-    assert replace(site, findings=()) == replace(
-        prepare(chosen=spoilt[1:], cache=cache), findings=()
-    )
+    without = prepare(chosen=spoilt[1:], cache=cache)
+    assert replace(site, findings=(), patients={}) == replace(without, findings=(), patients={})
 
 
 def test_no_subject_is_an_empty_site(prepare):
     site = prepare(chosen=[])
     assert (site.trains, site.training, site.held_out) == (False, (), ())
+
+
+def test_a_scan_that_is_left_out_still_tells_who_is_one_person(prepare, subjects, tmp_path):
+    """One patient under two names, one of them with a second scan, must not be two patients."""
+    folders = [shutil.copytree(s.folder, tmp_path / s.folder.name) for s in subjects[:5]]
+    copy = tmp_path / "BraTS20_Training_999"
+    copy.mkdir()
+    for path in folders[0].iterdir():
+        shutil.copy(path, copy / path.name.replace(folders[0].name, copy.name))
+    chosen = list(discover(tmp_path).subjects)
+    second = chosen[1].id
+    site = prepare(chosen=chosen, cache=tmp_path / "cache", one={second, copy.name})
+    assert copy.name not in ids(site.training) + ids(site.held_out)
+    assert site.patients[second] == site.patients[folders[0].name]
+    assert len(set(site.patients.values())) == 4
+    parts = [set(ids(side)) & {second, folders[0].name} for side in (site.training, site.held_out)]
+    assert sorted(map(len, parts)) == [0, 2]
