@@ -33,6 +33,7 @@ from client.training import TrainingDiverged, train
 from common.config import FederationConfig
 from common.files import write_text_atomically
 from common.messages import (
+    BUDGET_SPENT,
     BadMessage,
     EvaluateTask,
     SiteCard,
@@ -72,11 +73,14 @@ def answering(handler: Handler) -> Handler:
 
     @functools.wraps(handler)
     def answer(message: Message, context: Context) -> Message:
+        code: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
         try:
             return handler(message, context)
         except (*FOR_BOTH_SIDES, BadMessage, BadWeights) as error:
             LOG.warning(str(error))
             reason = str(error)
+            if isinstance(error, BudgetSpent):
+                code = BUDGET_SPENT
         except LedgerError as error:  # names a file
             LOG.warning(str(error))
             reason = "its privacy ledger cannot be used, so it does not train; its log says more."
@@ -86,7 +90,6 @@ def answering(handler: Handler) -> Handler:
         except Exception as error:
             LOG.exception("the task failed")
             reason = f"the task failed at the site ({type(error).__name__}); its log says more."
-        code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
         return Message(Error(code=code, reason=reason), reply_to=message)
 
     return answer

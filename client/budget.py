@@ -2,7 +2,8 @@
 
 The budget belongs to the site and holds for every patient over all federations, with the spending
 that `client.ledger` knows. A federation can ask for less (`privacy.epsilon`), never for more. The
-noise is calibrated once for the rounds that are still planned and kept (a plan in the ledger); a
+noise is calibrated once for the rounds that are still planned and kept (a plan in the ledger), and
+anew where a round had to be paid for twice, or the patients were spent on elsewhere meanwhile. A
 round is paid for before its first gradient. What the noise does is `client.privacy`.
 """
 
@@ -38,6 +39,9 @@ from common.statement import Statement
 from sites.cache import CachedSubject
 
 LOG = logging.getLogger("fedbrats")
+GROWTH = 1.5
+"""Times the first plan's noise: a round that can only be paid for with more is not worth it, as after a
+crash in the last round, when almost nothing is left."""
 
 
 class BudgetSpent(RuntimeError):
@@ -135,8 +139,11 @@ def may_train(site: Site) -> str:
             try:
                 sigma = _calibrated(ledger, site, recipe, members, 1)
             except NotAffordable as error:
-                return _spent(site, str(error))
-        return _excess(ledger, site, recipe, members, sigma)[1]
+                return _spent(str(error))
+        reason = _excess(ledger, site, recipe, members, sigma)[1]
+        if reason and plan and not _excess(ledger, site, recipe, members, GROWTH * sigma)[1]:
+            return ""  # the plan can be made anew
+        return reason
 
 
 def record_done(site: Site, permit: Permit) -> None:
@@ -224,14 +231,10 @@ def _pay(
     with _open(site) as ledger:
         recipe = _recipe(ledger, site, kind, members)
         plan = _plan(ledger, site, recipe, members)
-        if plan is None:
-            LOG.info(f"{site.name}: calibrating the noise for {planned} rounds")
-            try:
-                sigma = _calibrated(ledger, site, recipe, members, planned)
-            except NotAffordable as error:
-                raise BudgetSpent(_spent(site, str(error))) from error
-            about = _entry(site, PLAN, round_, recipe, sigma)
-            plan = ledger.append(replace(about, recipe=recipe.text()), members)
+        if plan is None or (
+            kind == TRAINING and not _suffices(ledger, plan, recipe, members, planned)
+        ):
+            plan = _new_plan(ledger, site, recipe, members, round_, planned, plan)
         sigma = _steps(plan).noise_multiplier
         after, reason = _excess(ledger, site, recipe, members, sigma)
         if reason:
@@ -282,6 +285,56 @@ def _plan(ledger: Ledger, site: Site, recipe: _Recipe, members: Sequence[Patient
     return plans[-1] if set(ledger.groups[plans[-1].patients]) == set(members) else None
 
 
+def _suffices(
+    ledger: Ledger, plan: Entry, recipe: _Recipe, members: Sequence[Patient], planned: int
+) -> bool:
+    """Does the plan's noise still do for the rounds of training that are left? Not if one was paid for
+    twice, or these patients were spent on elsewhere since."""
+    total = recipe.rounds - plan.round + 1
+    groups = {group for member in members for group, n in ledger.records_of(member).items() if n}
+    since = [e for e in ledger.entries[plan.number :] if e.kind in SPENDS and e.patients in groups]
+    its = (plan.federation, plan.site, recipe.kind)
+    return all((e.federation, e.site, e.kind) == its for e in since) and (
+        len(since) + planned <= total
+    )
+
+
+def _new_plan(
+    ledger: Ledger,
+    site: Site,
+    recipe: _Recipe,
+    members: Sequence[Patient],
+    round_: int,
+    planned: int,
+    before: Entry | None,
+) -> Entry:
+    """Calibrate for `planned` rounds and remember it; `before` stays where that would need far more
+    noise than agreed on in the first place.
+
+    Raises:
+        BudgetSpent: no noise does, and there is no plan before.
+    """
+    LOG.info(f"{site.name}: calibrating the noise for {planned} rounds")
+    try:
+        sigma = _calibrated(ledger, site, recipe, members, planned)
+    except NotAffordable as error:
+        if before is not None:
+            return before
+        raise BudgetSpent(_spent(str(error))) from error
+    if before is not None:
+        first = next(e for e in ledger.entries if e.kind == PLAN and e.recipe == before.recipe)
+        if sigma > GROWTH * _steps(first).noise_multiplier:
+            return before
+    now = most_spent(ledger, members, recipe.delta)
+    if now > 0:
+        LOG.warning(
+            f"{site.name}: epsilon {now:.3f} of {recipe.epsilon:g} has been spent on its patients, so "
+            f"the next {planned} rounds get noise of {sigma:.3g} clipping norms each"
+        )
+    about = _entry(site, PLAN, round_, recipe, sigma)
+    return ledger.append(replace(about, recipe=recipe.text()), members)
+
+
 def _calibrated(
     ledger: Ledger, site: Site, recipe: _Recipe, members: Sequence[Patient], rounds: int
 ) -> float:
@@ -313,7 +366,6 @@ def _excess(
     if after > recipe.epsilon:
         now = most_spent(ledger, members, recipe.delta)
         return after, _spent(
-            site,
             f"epsilon {now:.3f} of {recipe.epsilon:g} at delta {recipe.delta:.2g}, and the next "
             f"round would bring it to {after:.3f}.",
         )
@@ -321,15 +373,14 @@ def _excess(
         here = most_spent(ledger, members, recipe.delta, step, site.federation)
         if here > recipe.cap:
             return after, _spent(
-                site,
                 f"the next round would bring this federation's epsilon to {here:.3f}, agreed are "
                 f"{recipe.cap:g}.",
             )
     return after, ""
 
 
-def _spent(site: Site, why: str) -> str:
-    return f"{site.name}: its privacy budget is spent: {why} It goes on evaluating."
+def _spent(why: str) -> str:
+    return f"its privacy budget is spent: {why} It goes on evaluating."
 
 
 def _histories(

@@ -22,6 +22,7 @@ from common.wire import decode, encode, encode_change
 BLOCK = "weights"  # the one array of a message that carries weights
 STYPE = "safetensors"
 MOST_SUBJECTS = 10**7
+BUDGET_SPENT = 1001  # code of an error reply, beyond Flower's own: no failure, the site rests
 EXACT, NOISED, WITHHELD = "exact", "noised", "withheld"  # how metrics are released
 
 

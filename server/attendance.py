@@ -23,7 +23,7 @@ from common.terms import Terms, changes, terms_from
 from server.exchange import send
 from server.history import History
 from server.link_grid import Contact, LinkGrid
-from server.roll_call import FederationFailed, Roll
+from server.roll_call import FederationFailed, Roll, nobody_trains
 
 LOG = logging.getLogger("fedbrats")
 CALL_SECONDS = 300.0  # for one roll call: a site's worker may have to start first
@@ -42,6 +42,8 @@ class Waiting:
     absent: dict[str, str]
     needed: int
     seconds_left: float
+    training: int = 0
+    resting: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -98,14 +100,17 @@ class Attendance:
             )
             if enough and not gathering and not self._is_answering(sites):
                 break
-            if roll.resting and not (roll.training or roll.absent or self._is_answering(sites)):
+            if nobody_trains(roll) and not self._is_answering(sites):
+                if history.rounds():  # they are the result
+                    break
                 raise FederationFailed(_nobody_trains(roll))
             left = 60 * settings.wait_minutes - (now - begin)
             if left <= 0:
                 raise FederationFailed(_who_is_missing(roll, needed, settings.wait_minutes))
             present = tuple(roll.cards)
             absent = {**roll.absent, **roll.absent_evaluators}
-            self.show(Waiting(number, present, absent, needed, left))
+            counted = len(roll.training)
+            self.show(Waiting(number, present, absent, needed, left, counted, roll.resting))
             time.sleep(PAUSE_SECONDS)
         self._gathered = True
         self.show(None)
@@ -240,12 +245,16 @@ def note_terms(history: History, terms: Terms) -> None:
 
 def _nobody_trains(roll: Roll) -> str:
     lines = "".join(f"  {site}: {reason}\n" for site, reason in roll.resting.items())
-    return f"No site trains any more:\n{lines}The rounds so far are kept."
+    return f"No site can train:\n{lines}"
 
 
 def _who_is_missing(roll: Roll, needed: int, minutes: float) -> str:
     absent = {**roll.absent, **roll.absent_evaluators, **roll.resting}
     lines = "".join(f"  {site}: {reason}\n" for site, reason in absent.items())
+    if roll.resting:
+        lines += (
+            "A site that rests does so for good: lower rounds.min_sites, or enrol another site.\n"
+        )
     measured = "" if roll.evaluating else " No connected site holds out a subject to measure on."
     return (
         f"{len(roll.training)} of {needed} needed sites came within {minutes:g} minutes.{measured}\n"

@@ -10,9 +10,15 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from common.console import plain
-from common.messages import BadMessage
+from common.messages import BUDGET_SPENT, BadMessage
 
 POLL_SECONDS = 0.02
+
+
+class BudgetSpent(str):
+    """A site's words that its privacy budget is spent: no failure, it rests from now on."""
+
+
 Answer = TypeVar("Answer")
 Key = TypeVar("Key")
 
@@ -43,6 +49,8 @@ def _answer(key: Key, reply: Message, take: Callable[[Key, RecordDict], Answer])
     """A function of its own, so that no reply outlives its turn: each holds a whole model."""
     if reply.has_error():
         said = plain(reply.error.reason or "")
+        if reply.error.code == BUDGET_SPENT:
+            return BudgetSpent(said)
         return said or f"it failed without a reason (code {reply.error.code})."
     try:
         return take(key, reply.content)

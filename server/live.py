@@ -187,11 +187,13 @@ def _state(contact: Contact | None, doing: str | None) -> str:
 
 
 def _wait_text(waiting: Waiting) -> str:
-    names = ", ".join(waiting.absent) or "a site that holds out subjects"
+    lacking = "train" if waiting.training < waiting.needed else "hold out subjects"
+    names = ", ".join(waiting.absent) or f"sites that {lacking}"
     minutes, seconds = divmod(int(waiting.seconds_left), 60)
+    rests = "".join(f"; {site} rests: {why}" for site, why in waiting.resting.items())
     return (
-        f"round {waiting.round}: {len(waiting.present)} sites here, {waiting.needed} needed; "
-        f"waiting for {names} ({minutes}:{seconds:02d} left)"
+        f"round {waiting.round}: {waiting.training} sites that train are here, {waiting.needed} needed; "
+        f"waiting for {names} ({minutes}:{seconds:02d} left){rests}"
     )
 
 

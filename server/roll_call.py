@@ -47,6 +47,11 @@ class Roll:
         return [site for site, card in self.cards.items() if card.n_held_out > 0]
 
 
+def nobody_trains(roll: Roll) -> bool:
+    """Has every site that could train spent its privacy budget?"""
+    return bool(roll.resting) and not (roll.training or roll.absent)
+
+
 def wait_for_nodes(grid: Grid, count: int, seconds: float) -> None:
     """Return once `count` nodes are connected.
 
@@ -86,7 +91,7 @@ def call_roll(grid: Grid, config: FederationConfig) -> Roll:
         raise FederationFailed("Roll call failed:\n" + "\n".join(problems))
     roll = Roll(dict(sorted(cards.items())), nodes)
     needed = config.rounds.min_sites or 1
-    if len(roll.training) < needed:
+    if len(roll.training) < needed and not nobody_trains(roll):
         raise FederationFailed(f"{len(roll.training)} sites can train, {needed} are needed.")
     if not roll.evaluating:
         raise FederationFailed(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message, MessageType, RecordDict
@@ -43,7 +43,7 @@ from server.checkpoint import (
     save_checkpoint,
 )
 from server.comparison import best_rounds, comparable_losses
-from server.exchange import answers
+from server.exchange import BudgetSpent, answers
 from server.history import (
     FINAL,
     METRICS,
@@ -54,7 +54,7 @@ from server.history import (
     RoundRecord,
 )
 from server.replies import refuse_report, refuse_update
-from server.roll_call import FederationFailed, Roll, call_roll, same_run
+from server.roll_call import FederationFailed, Roll, call_roll, nobody_trains, same_run
 from server.schedule import learning_rate, should_stop
 
 LOG = logging.getLogger("fedbrats")
@@ -87,23 +87,35 @@ def run_rounds(
     """
     with History(folder.history) as history:
         if attend is None:
-            roll = call_roll(grid, config)
-            same_run(history, roll, config)
+            called = call_roll(grid, config)
+            same_run(history, called, config)
 
         def present(number: int) -> Roll:
-            return roll if attend is None else attend(history, number)
+            return called if attend is None else attend(history, number)
 
         done = history.rounds()
         models = _begin(config, folder, history, done)
         failed = 0
         losses = comparable_losses(done)
-        while len(done) < config.rounds.number and not should_stop(losses, config.rounds):
+        over = history.final() is not None and history.noted("ended") is not None
+        while (
+            not over and len(done) < config.rounds.number and not should_stop(losses, config.rounds)
+        ):
             rate = learning_rate(config.training.learning_rate, losses, config.rounds)
             number = len(done) + 1
             try:
+                roll = present(number)
+                if done and nobody_trains(roll):
+                    _say_the_end(history, config, len(done), roll.resting)
+                    break
                 models, record, statements = _one_round(
-                    grid, config, folder, present(number), number, rate, models
+                    grid, config, folder, roll, number, rate, models
                 )
+            except _AllSpent as spent:
+                if not done:
+                    raise FederationFailed(str(spent)) from None
+                _say_the_end(history, config, len(done), spent.reasons)
+                break
             except _TooFew as few:
                 history.record_failure(number, few.reasons)
                 failed += 1
@@ -166,6 +178,26 @@ class _TooFew(Exception):
         )
 
 
+@dataclass
+class _AllSpent(Exception):
+    """Every site that was asked has spent its privacy budget."""
+
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        return "No site can train: " + " ".join(f"{s}: {why}" for s, why in self.reasons.items())
+
+
+def _say_the_end(
+    history: History, config: FederationConfig, rounds: int, reasons: Mapping[str, str]
+) -> None:
+    """Rounds that nobody can pay for any more do not take place; those before are the result."""
+    why = "every site that could train has spent its privacy budget"
+    history.note("ended", why)
+    sites = "".join(f"\n  {site}: {reason}" for site, reason in reasons.items())
+    LOG.warning(f"training ends after round {rounds} of {config.rounds.number}: {why}{sites}")
+
+
 def _one_round(
     grid: Grid,
     config: FederationConfig,
@@ -200,20 +232,27 @@ def _one_round(
         )
 
     contributions: list[Contribution] = []
+    resting = dict(roll.resting)
     content = pack_train_task(task)
     messages = _messages(content, MessageType.TRAIN, roll.training, roll, config)
     for site, answer in answers(grid, messages, take):
         if isinstance(answer, str):
             LOG.warning(f"round {number}: {site} did not contribute: {answer}")
+        if isinstance(answer, BudgetSpent):
+            resting[site] = answer
+            continue
+        if isinstance(answer, str):
             answer = Contribution(site, trained=False, reason=answer)
         contributions.append(answer)
     for site, why in roll.absent.items():
         contributions.append(Contribution(site, trained=False, reason=why))
     missing = {c.site: c.reason for c in contributions if not c.trained}
+    if resting and not contributions:
+        raise _AllSpent(resting)
     _enough(config, number, "train", len(contributions), missing)
     assert running is not None
     # a site that rests is none that the round needs
-    contributions += [Contribution(s, trained=False, reason=why) for s, why in roll.resting.items()]
+    contributions += [Contribution(s, trained=False, reason=why) for s, why in resting.items()]
     contributions.sort(key=lambda c: c.site)
     raw = kept = mean(running, like=weights)
     if decay and models.average is not None:

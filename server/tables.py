@@ -34,6 +34,7 @@ class Verdict:
     stopped: tuple[tuple[int, str, str], ...] = ()
     withheld: tuple[str, ...] = ()
     noised: tuple[str, ...] = ()
+    ended: str = ""  # why before the last agreed round
 
     @property
     def everyone(self) -> bool:
@@ -41,7 +42,8 @@ class Verdict:
 
     def lines(self) -> list[str]:
         state = "complete" if self.complete else "NOT complete"
-        lines = [f"Training {state}: {self.rounds} rounds."]
+        why = f" It ended there: {self.ended}." if self.ended else ""
+        lines = [f"Training {state}: {self.rounds} rounds.{why}"]
         for site, rounds in self.contributed.items():
             share = f"rounds {spans(rounds)}" if rounds else "no round"
             if rounds and len(rounds) == self.rounds:
@@ -88,6 +90,7 @@ def verdict(history: History) -> Verdict:
         tuple(history.failures()),
         withheld,
         noised,
+        str(history.noted("ended") or ""),
     )
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from client.accounting import Steps, epsilon, noise_multiplier
 from client.budget import (
+    GROWTH,
     BudgetSpent,
     delta_of,
     may_train,
@@ -108,7 +109,7 @@ def test_the_round_after_the_last_is_refused_before_anything(make_site):
     before = site.ledger.read_bytes()
     with pytest.raises(
         BudgetSpent,
-        match=r"Oslo: its privacy budget is spent: epsilon 5.9\d\d of 6 at delta 0.017, and the next "
+        match=r"its privacy budget is spent: epsilon 5.9\d\d of 6 at delta 0.017, and the next "
         r"round would bring it to 6.\d+. It goes on evaluating.",
     ):
         pay_for_training(site, ROUNDS)
@@ -141,6 +142,38 @@ def test_a_federation_can_ask_for_less_and_not_for_more(make_site, tmp_path):
     assert permit.entry.epsilon <= BUDGET
     with pytest.raises(BudgetSpent):
         pay_for_training(more, ROUNDS)
+
+
+def test_a_round_paid_twice_is_made_up_for_by_the_rounds_that_are_left(make_site):
+    site = make_site()
+    first = pay_for_training(site, 1).noise.noise_multiplier
+    pay_for_training(site, 2)
+    again = pay_for_training(site, 2).noise.noise_multiplier  # its answer was lost
+    assert first < again < 1.2 * first
+    assert [pay_for_training(site, n).noise.noise_multiplier for n in (3, 4, 5)] == [again] * 3
+    assert BUDGET - 0.1 < spent(site) <= BUDGET
+
+
+def test_the_last_round_is_not_paid_twice_with_far_more_noise(make_site):
+    site = make_site()
+    sigmas = {pay_for_training(site, n).noise.noise_multiplier for n in range(1, ROUNDS + 1)}
+    assert len(sigmas) == 1
+    assert "budget is spent" in may_train(site)
+    with pytest.raises(BudgetSpent, match=r"^its privacy budget is spent"):
+        pay_for_training(site, ROUNDS)
+
+
+def test_what_was_spent_elsewhere_meanwhile_is_made_up_for(make_site, caplog):
+    site = make_site()
+    first = pay_for_training(site, 1).noise.noise_multiplier
+    other = make_site("rounds.number=60", folder="other", federation="f2")
+    pay_for_training(other, 1)
+    again = pay_for_training(site, 2).noise.noise_multiplier
+    assert first < again <= GROWTH * first
+    for n in (3, 4, 5):
+        pay_for_training(site, n)
+    assert spent(site) <= BUDGET
+    assert "has been spent on its patients" in caplog.text
 
 
 def test_another_patient_makes_another_plan_within_the_same_budget(make_site, prepared):
@@ -293,6 +326,8 @@ def test_killed_in_mid_round_the_planned_spending_stays_spent(make_site, tmp_pat
     for round_ in (3, 4):
         pay_for_training(whole, round_)
     assert BUDGET >= spent(killed) > spent(whole)
+    pay_for_training(killed, 5)  # with more noise than planned at first
+    assert spent(killed) <= BUDGET
     with pytest.raises(BudgetSpent):
         pay_for_training(killed, 5)
 

@@ -272,10 +272,25 @@ def test_when_every_budget_is_spent_nobody_is_waited_for(make, history):
     sites, attend = make()
     sites.come("a", "b", "c", trains=False, resting=SPENT)
     assert failed(attend, history) == (
-        f"No site trains any more:\n  a: {SPENT}\n  b: {SPENT}\n  c: {SPENT}\n"
-        "The rounds so far are kept."
+        f"No site can train:\n  a: {SPENT}\n  b: {SPENT}\n  c: {SPENT}\n"
     )
     assert sites.now < 31
+    recorded(history, 1)
+    roll = attend(history, 2)
+    assert (roll.training, list(roll.resting)) == ([], ["a", "b", "c"])
+
+
+def test_who_waits_for_sites_that_train_is_told_who_rests(make, history):
+    sites, attend = make("rounds.min_sites=2", "server.wait_minutes=1")
+    sites.enrolled[:] = ["a", "b"]
+    sites.come("a")
+    sites.come("b", trains=False, resting=SPENT)
+    said = failed(attend, history)
+    assert "1 of 2 needed sites" in said
+    assert f"  b: {SPENT}\n" in said
+    assert "lower rounds.min_sites" in said
+    waited = [waiting for waiting in sites.shown if waiting is not None]
+    assert {(w.training, w.needed, tuple(w.resting)) for w in waited} == {(1, 2, ("b",))}
 
 
 def test_a_site_whose_failure_stopped_a_round_is_asked_again_before_it_is_tried_again(

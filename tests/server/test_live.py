@@ -24,7 +24,7 @@ from tests.link import until
 from tests.server.test_tables import a_round, cells, metrics, printed
 
 LAST = datetime(2026, 11, 24, 10, 0, 5, 900, tzinfo=UTC)
-WAITING = Waiting(2, ("a",), {"b": "it has never connected."}, 2, 125.9)
+WAITING = Waiting(2, ("a",), {"b": "it has never connected."}, 2, 125.9, 1)
 
 
 class Facts:
@@ -133,17 +133,19 @@ def test_the_wait_is_in_the_document_and_in_the_table(board):
         "absent": {"b": "it has never connected."},
         "needed": 2,
         "seconds_left": 125.9,
+        "training": 1,
+        "resting": {},
     }
     assert document["sites"]["b"]["absent"] == "it has never connected."
     text = printed(board.table(document))
-    assert "round 2: 1 sites here, 2 needed; waiting for b (2:05 left)" in text
+    assert "round 2: 1 sites that train are here, 2 needed; waiting for b (2:05 left)" in text
     assert "it has never connected." in text
     board.waiting(None)
     document = board.document()
     assert (document["state"], document["waiting"]) == ("training", None)
     assert "waiting" not in printed(board.table(document))
     board.waiting(replace(WAITING, absent={}))
-    assert "waiting for a site that holds out subjects" in printed(board.table(board.document()))
+    assert "waiting for sites that train" in printed(board.table(board.document()))
 
 
 def test_the_table_has_every_number(board):

@@ -16,7 +16,14 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from flwr.app.error import Error
 
 from common.config_file import ConfigError
-from common.messages import NOISED, WITHHELD, SiteReport, SiteUpdate, pack_site_update
+from common.messages import (
+    BUDGET_SPENT,
+    NOISED,
+    WITHHELD,
+    SiteReport,
+    SiteUpdate,
+    pack_site_update,
+)
 from common.metrics import SiteMetrics, mean_dice
 from common.model import initial_weights
 from common.statement import Signed, Statement
@@ -222,6 +229,60 @@ def test_with_min_sites_the_others_go_on_and_the_verdict_says_so(federation):
         assert (site, judged.absent[number - 1][2]) == ("bb", reason)
         assert said in reason
         assert f"  Round {number}: without bb: {reason}" in judged.lines()
+
+
+SPENT = "its privacy budget is spent: epsilon 7.9 of 8."
+
+
+def spent(answer: Any) -> Error:
+    return Error(code=BUDGET_SPENT, reason=SPENT)
+
+
+def test_a_site_that_can_pay_no_more_rests_and_the_round_goes_on_without_it(federation):
+    f = federation("rounds.number=2")
+    f.spoil[TRAIN, "bb", 2] = spent
+    f.run()
+    judged = in_history(f, verdict)
+    assert judged.complete
+    assert judged.contributed == {"a": (1, 2), "bb": (1,), "ccc": (1, 2)}
+    assert judged.absent == ((2, "bb", SPENT),)
+    assert "bb" in f.rounds()[1].metrics, "it goes on evaluating"
+
+
+def test_when_nobody_can_pay_any_more_the_rounds_so_far_are_the_result(federation, caplog):
+    f = federation("rounds.number=4")
+    for site in ("a", "bb", "ccc"):
+        f.spoil[TRAIN, site, 3] = spent
+    f.run()
+    assert [record.round for record in f.rounds()] == [1, 2]
+    assert f.folder.model.exists()
+    judged = in_history(f, verdict)
+    said = "every site that could train has spent its privacy budget"
+    assert judged.complete
+    assert judged.lines()[0] == f"Training complete: 2 rounds. It ended there: {said}."
+    assert "training ends after round 2 of 4" in caplog.text
+    assert f"bb: {SPENT}" in caplog.text
+    before = saved_bytes(f)
+    f.spoil.clear()  # a finished run stays as it is, also if budgets were raised
+    f.run()
+    assert [record.round for record in f.rounds()] == [1, 2]
+    assert saved_bytes(f) == before
+
+
+def test_when_nobody_can_pay_for_the_first_round_it_fails(federation):
+    f = federation()
+    for site in ("a", "bb", "ccc"):
+        f.spoil[TRAIN, site, 1] = spent
+    with pytest.raises(FederationFailed, match=r"No site can train: a: its privacy budget"):
+        f.run()
+
+
+def test_one_spent_and_one_missing_is_a_failed_round(federation):
+    f = federation()
+    f.spoil[TRAIN, "a", 1] = f.spoil[TRAIN, "bb", 1] = spent
+    f.spoil[TRAIN, "ccc", 1] = lambda update: "the disk is full"
+    with pytest.raises(FederationFailed, match=r"0 sites could train, 1 are needed"):
+        f.run()
 
 
 def test_fewer_than_min_sites_fail_and_every_one_is_named(federation):

@@ -57,15 +57,15 @@ def test_a_killed_run_goes_on_and_no_site_exceeds_its_budget(command):
     running.wait()
     killed = {site: entries(out, site) for site in SITES}
     done = subprocess.run([*run, "--json"], capture_output=True, text=True, check=False)
-    # an interrupted round is paid twice unless its answer was kept, so the last may be refused
-    assert done.returncode in (0, 1), done.stderr
-    if done.returncode:
-        assert "privacy budget is spent" in done.stderr
+    # an interrupted round is paid twice unless its answer was kept: if it was the last, the site
+    # rests, or the rounds before are the result
+    assert done.returncode == 0, done.stderr
+    assert (out / "model.safetensors").exists()
     for site in SITES:
         now = entries(out, site)
         assert now[: len(killed[site])] == killed[site], "nothing is forgotten"
         paid = [e for e in now if e.kind == TRAINING]
-        assert [e.kind for e in now].count(PLAN) == 1
+        assert [e.kind for e in now].count(PLAN) <= 2
         assert [e.kind for e in now].count(DONE) <= len(paid) <= 3
         assert all(e.epsilon <= BUDGET for e in paid)
         assert [e.epsilon for e in paid] == sorted(e.epsilon for e in paid)
