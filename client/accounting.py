@@ -68,8 +68,8 @@ def _epsilon(together: tuple[tuple[float, float, int], ...], delta: float, error
         try:
             fine = float(accountant.get_epsilon(delta, eps_error=error))
         except (ValueError, RuntimeError):  # a delta of 1e-13 or near 1: its grid ends before
-            return loose
-    return min(loose, fine) if fine > 0 else loose
+            return max(0.0, loose)
+    return max(0.0, min(loose, fine) if fine > 0 else loose)
 
 
 def noise_multiplier(

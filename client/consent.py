@@ -18,6 +18,7 @@ from client.hospital import HospitalFolder
 from client.site_config import PrivacyBudget, SiteConfig
 from common.code_hash import code_hash
 from common.config import FederationConfig
+from common.console import many
 from common.files import write_text_atomically
 from common.invitation import Invitation
 from common.terms import Terms, changes, terms_from
@@ -121,7 +122,7 @@ CONSENT SHEET of federation "{c.name}" ({terms.federation}) for {invitation.site
 {c.network.norm} norm
   Data          modalities {", ".join(c.modalities)}; {view}
   Loss          Dice + {c.loss.focal_weight:g} x focal (gamma {c.loss.gamma:g})
-  Training      at most {r.number} rounds of {t.epochs} epochs over this site's training subjects;
+  Training      at most {r.number} rounds of {_round(settings.privacy, c)};
                 {c.held_out_fraction:.0%} of the subjects are held out and only measured on
 
   What leaves this building, and nothing else:
@@ -142,6 +143,12 @@ CONSENT SHEET of federation "{c.name}" ({terms.federation}) for {invitation.site
 
   Hash of these terms: {terms.hash()}
 """
+
+
+def _round(privacy: PrivacyBudget | None, config: FederationConfig) -> str:
+    if privacy is not None:
+        return many(config.privacy.steps, "noisy step") + ", see Privacy"
+    return f"{many(config.training.epochs, 'epoch')} over this site's training subjects"
 
 
 def _numbers(privacy: PrivacyBudget | None) -> str:
@@ -182,7 +189,7 @@ def _privacy(privacy: PrivacyBudget | None, config: FederationConfig) -> str:
     text = f"""\
   Privacy       differential privacy for every patient of this site: at most epsilon
                 {privacy.epsilon:g} at delta {delta}, over all federations together (site.yaml).
-                {recipe.steps} noisy steps a round with {sample} in each.
+                {many(recipe.steps, "noisy step")} a round with {sample} in each.
                 The noise is added here, so it holds against the coordinator, the other sites and
                 whoever gets the model. NO secure aggregation: the coordinator sees this site's own
                 noisy update. What is not covered: fed-client privacy-report, docs/privacy.md"""

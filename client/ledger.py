@@ -265,7 +265,12 @@ def _compare(ledger: Ledger, anchor: Path) -> None:
     if id_ != ledger.id:
         raise _tampered(ledger.path, "it is another ledger than before")
     if not isinstance(entries, int) or not 0 <= entries < len(chain):
-        raise _tampered(ledger.path, f"it holds {len(chain) - 1} entries and held {entries} before")
+        raise LedgerError(
+            f"{ledger.path}: the privacy ledger holds {len(chain) - 1} entries and held {entries} "
+            f"before, so what was spent since is unknown and nothing is trained. Restore a backup "
+            f"that holds them all. Only if there is none, and the hospital answers for what is "
+            f"missing: delete {anchor} by hand."
+        )
     if chain[entries] != head:
         raise _tampered(ledger.path, f"entry {entries} or one before it was changed")
 

@@ -81,7 +81,7 @@ def review(folder: Folder, accept: Accept = "") -> None:
     """
     start_logging()
     with _failing():
-        from client.consent import NotAccepted, accepted_terms, difference, sheet
+        from client.consent import NotAccepted, accepted_terms, difference, is_hash_of, sheet
         from client.hospital import load_hospital
         from client.site_config import load_site_config
 
@@ -93,6 +93,11 @@ def review(folder: Folder, accept: Accept = "") -> None:
         if terms is None:
             assert before is not None
             print(sheet(before, invited, settings))
+            if accept and not (before and is_hash_of(accept, before)):
+                raise NotAccepted(
+                    "No terms await an answer here, and the accepted ones have another hash: `join` "
+                    "fetches new terms from the coordinator."
+                )
             print("These terms are accepted; nothing else awaits an answer.")
             return
         print(sheet(terms, invited, settings))

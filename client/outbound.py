@@ -21,6 +21,7 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, Message
 
 from common.console import many
+from common.messages import WITHHELD
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS sent (
@@ -49,7 +50,10 @@ class Departure:
             return (
                 f"update of {self.tensors} tensors, {self.weights:,} numbers, {_size(self.bytes)}"
             )
-        return f"{self.kind}: {self.numbers} numbers, {_size(self.bytes)}"
+        kind = self.kind
+        if self.details.get("about", {}).get("released") == WITHHELD:
+            kind = "number of subjects and privacy statement, metrics withheld"
+        return f"{kind}: {self.numbers} numbers, {_size(self.bytes)}"
 
 
 class OutboundError(RuntimeError):
@@ -143,8 +147,9 @@ def in_words(record: Path) -> list[str]:
         return ["nothing"]
     with _open(record) as database:
         rows = database.execute(
-            "SELECT kind, count(*), max(tensors), max(weights), sum(numbers), sum(bytes)"
-            " FROM sent GROUP BY kind"
+            "SELECT CASE WHEN json_extract(details, '$.about.released') = ? THEN ? ELSE kind END AS k,"
+            " count(*), max(tensors), max(weights), sum(numbers), sum(bytes) FROM sent GROUP BY k",
+            (WITHHELD, WITHHELD),
         ).fetchall()
     found = {row[0]: row[1:] for row in rows}
     lines = []
@@ -160,6 +165,12 @@ def in_words(record: Path) -> list[str]:
     if METRICS in found:
         n, _, _, numbers, size = found[METRICS]
         lines.append(f"{many(n, 'set')} of mean metrics ({numbers} numbers, {_size(size)} in all)")
+    if WITHHELD in found:
+        n, _, _, numbers, size = found[WITHHELD]
+        lines.append(
+            f"{many(n, 'privacy statement')} with the number of held-out subjects, metrics withheld "
+            f"({numbers} numbers, {_size(size)} in all)"
+        )
     if ERROR in found:
         lines.append(f"{many(found[ERROR][0], 'error text')}")
     if OTHER in found:

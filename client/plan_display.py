@@ -96,8 +96,6 @@ def write_plot(document: Mapping[str, Any], path: Path) -> None:
         right.set_xlim(left=0)
         right.set_xlabel(f"noise/signal of a run, ε {document['compared_at']:g}")
         bare(right, "x")
-        right.legend(
-            frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2
-        )
+        right.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1))
         kind = path.suffix[1:].lower()
         write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind, dpi=150))

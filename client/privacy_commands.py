@@ -108,6 +108,7 @@ def privacy_plan(
     if folder is None and patients is None:
         raise typer.BadParameter("give DIR, or --patients.", param_hint="DIR")
     with _failing():
+        from client.budget import default_delta
         from client.hospital import load_hospital
         from client.plan_display import plan_table, write_plot
         from client.privacy_plan import (
@@ -119,6 +120,7 @@ def privacy_plan(
             config_of,
             parameters_of,
             plan_document,
+            spent_before,
         )
         from common.config_file import load_config
 
@@ -145,7 +147,10 @@ def privacy_plan(
         own = (budget.epsilon,) if budget else ()
         wanted = sorted({*(epsilon or (*EPSILONS, *own))}, reverse=True)
         compared_at = own[0] if own and not epsilon else wanted[len(wanted) // 2]
-        document = plan_document(cohort, settings, recipe, wanted, delta, compared_at)
+        if delta is None:
+            delta = default_delta(cohort.training)
+        spent = spent_before(hospital, delta) if hospital else 0.0
+        document = plan_document(cohort, settings, recipe, wanted, delta, compared_at, spent)
         if plot is not None:
             write_plot(document, plot)
     if as_json:

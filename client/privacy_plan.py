@@ -15,10 +15,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from client.accounting import NotAffordable, Steps, accountant_name, epsilon, noise_multiplier
-from client.budget import default_delta
+from client.budget import default_delta, most_spent
 from client.consent import accepted_terms, proposed_terms
 from client.hospital import HospitalFolder
+from client.ledger import open_ledger
 from client.privacy import NotProtectable, require_protectable
+from client.privacy_report import everybody
 from client.site_config import PrivacyBudget, load_site_config
 from common.config import FederationConfig
 from common.config_file import load_config
@@ -119,6 +121,21 @@ def budget_of(hospital: HospitalFolder) -> PrivacyBudget | None:
     return load_site_config(hospital.config).privacy
 
 
+def spent_before(hospital: HospitalFolder, delta: float) -> float:
+    """Epsilon of the most affected patient in this hospital's ledger; 0 without a ledger.
+
+    Raises:
+        LedgerError: it is damaged or was tampered with.
+        ConfigError: site.yaml cannot be read.
+    """
+    path = load_site_config(hospital.config).privacy_ledger
+    if not path.exists():
+        return 0.0
+    with open_ledger(path, None, write=False) as ledger:
+        pass
+    return most_spent(ledger, everybody(ledger), delta)
+
+
 def parameters_of(config: FederationConfig) -> int:
     """How many values of the federation's network are trained."""
     return sum(p.numel() for p in network_for(config).parameters() if p.requires_grad)
@@ -131,8 +148,12 @@ def plan_document(
     epsilons: Sequence[float],
     delta: float | None,
     compared_at: float,
+    spent: float = 0.0,
 ) -> dict[str, Any]:
-    """The plan as plain JSON types: the recipe at each epsilon, and others at `compared_at`."""
+    """The plan as plain JSON types: the recipe at each epsilon, and others at `compared_at`.
+
+    `spent` is told beside it: the plan is for patients of whom nothing has been spent.
+    """
     n = cohort.training
     delta = default_delta(n) if delta is None else delta
     others = _recipes(n, recipe)
@@ -163,7 +184,11 @@ def plan_document(
         "plans": [{**plan, "course": course} for plan, course in zip(plans, courses, strict=True)],
         "compared_at": compared_at,
         "compared": compared,
-        "advice": _advice(n, delta, obstacle, plans, compared),
+        "spent": spent,
+        "advice": [
+            *_beforehand(n, recipe, spent),
+            *_advice(n, delta, obstacle, plans, compared),
+        ],
     }
 
 
@@ -264,6 +289,21 @@ def _obstacle(config: FederationConfig) -> str:
     return ""
 
 
+def _beforehand(patients: int, recipe: Recipe, spent: float) -> list[str]:
+    """What the numbers of the plan do not show."""
+    said = []
+    if spent > 0:
+        said.append(
+            f"Of the most affected patient in this site's ledger epsilon {spent:.3f} has been spent "
+            "already: what is left of a budget is less by that, and its noise more than told here."
+        )
+    if recipe.batch is not None and recipe.batch > patients:
+        said.append(
+            f"{recipe.batch:g} patients a step are more than there are: every patient is in every step."
+        )
+    return said
+
+
 def _advice(
     patients: int,
     delta: float,
@@ -280,7 +320,11 @@ def _advice(
         if plan["noise_multiplier"] is None:
             advice.append(f"{begin} the plan cannot be paid for: {plan['why_not']}")
             continue
-        times = f"the noise of a step is {_times(plan['noise_to_signal'])} the signal"
+        times = (
+            f"the noise of a step is {_times(plan['noise_to_signal'])} the signal, of the whole run "
+            f"{_times(plan['noise_to_signal_of_run'])} ({FROM_SCRATCH:g} lets it learn from scratch, "
+            f"{PRE_TRAINED:g} from a pre-trained model)"
+        )
         alone = {
             LEARNS: "something can be learned, even from scratch.",
             CONTINUES: "nothing can be learned from scratch here alone; a pre-trained model may gain.",
@@ -291,8 +335,9 @@ def _advice(
     if any(plan["verdict"] != LEARNS for plan in plans):
         advice.append(
             "What helps, in this order: begin from a model pre-trained on public or synthetic data "
-            "(the coordinator's server.init_from), more sites, fewer rounds with all patients in "
-            "every step, a smaller network (noise grows with the root of its parameters)."
+            "(the coordinator's server.init_from), more sites, all patients in every step, a smaller "
+            "network (noise grows with the root of its parameters). Fewer rounds make the single step "
+            "clearer, not the whole run."
         )
     usable = [c for c in compared if c["verdict"] != DROWNS]
     if usable:

@@ -205,7 +205,7 @@ def _delta(s: _Sources, spends: Sequence[Entry]) -> float | None:
     return spends[-1].delta if spends else None
 
 
-def _everybody(ledger: Ledger | None, federation: str | None = None) -> list[Patient]:
+def everybody(ledger: Ledger | None, federation: str | None = None) -> list[Patient]:
     """All whom a spend touched, of one federation or of all."""
     if ledger is None:
         return []
@@ -222,7 +222,7 @@ def _spent(s: _Sources, delta: float | None, spends: Sequence[Entry]) -> dict[st
     budget = s.budget.epsilon if s.budget else None
     if s.ledger is None or delta is None or not spends:
         return {"epsilon": 0.0, "delta": delta, "left": budget, "guess": 0.5}
-    members = _everybody(s.ledger)
+    members = everybody(s.ledger)
     epsilon = most_spent(s.ledger, members, delta)
     bounds = [right_at_most(epsilon, delta)]
     for other in track(DELTAS, "what the spending means", len(DELTAS), "bounds"):
@@ -242,7 +242,7 @@ def _federations(s: _Sources, delta: float | None) -> list[dict[str, Any]]:
         spends = [entry for entry in mine if entry.kind in SPENDS]
         epsilon = 0.0
         if delta is not None:
-            members = _everybody(s.ledger, federation)
+            members = everybody(s.ledger, federation)
             epsilon = most_spent(s.ledger, members, delta, federation=federation)
         found.append(
             {

@@ -68,7 +68,7 @@ def private_update(
         weights, about = load_weights(path)
         if about.get("key") == key:
             LOG.info(
-                f"round {task.round}: the answer given before is given again; nothing is spent"
+                f"round {task.round}, {site.name}: the answer given before is given again; nothing is spent"
             )
             signed = Signed(str(about["statement"]))
             return SiteUpdate(site.name, task.round, n, weights, statement=signed)
@@ -89,7 +89,7 @@ def private_update(
         device=device,
     )
     if not math.isnan(outcome.loss):
-        LOG.info(f"round {task.round}: mean loss {outcome.loss:.3f} (stays here)")
+        LOG.info(f"round {task.round}, {site.name}: mean loss {outcome.loss:.3f} (stays here)")
     text = statement(site, task.round, permit).text()
     update = SiteUpdate(site.name, task.round, n, weights_of(network), statement=Signed(text))
     path.parent.mkdir(exist_ok=True)
@@ -167,7 +167,7 @@ def noised_dice(site: Site, results: Sequence[SubjectMetrics], permit: Permit) -
 def _tell(site: Site, permit: Permit) -> None:
     e, noise = permit.entry, permit.noise
     LOG.info(
-        f"round {e.round}: privacy: epsilon {e.epsilon:.3f} of {e.budget:g} spent with this round "
+        f"round {e.round}, {e.site}: privacy: epsilon {e.epsilon:.3f} of {e.budget:g} spent with this round "
         f"(delta {e.delta:.2g}, sigma {noise.noise_multiplier:.3f}, q {noise.sampling_rate:.3g}, "
         f"{noise.steps} steps, C {clip_of(site):g})"
     )

@@ -130,6 +130,10 @@ def test_a_delta_that_prv_cannot_resolve_has_a_bound_all_the_same(delta):
     assert found < 2 * math.sqrt(2 * math.log(1 / delta)) * mu + mu**2
 
 
+def test_epsilon_is_never_negative():
+    assert epsilon([Steps(9.0, 1.0, 1)], 0.9) == 0
+
+
 def test_the_report_names_the_accountant():
     assert accountant_name() == (
         "PRV (Opacus 1.6.0), upper bound, error 0.001; RDP's looser one above epsilon 100 and for "

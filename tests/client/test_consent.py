@@ -53,7 +53,7 @@ def test_the_sheet_says_the_values_of_the_terms(terms, invitation):
         "Network unet, feature maps 2, 2, 2, 2, 2, instance norm",
         f"Data modalities {', '.join(config.modalities)}",
         f"Dice + {config.loss.focal_weight:g} x focal (gamma {config.loss.gamma:g})",
-        "at most 3 rounds of 1 epochs",
+        "at most 3 rounds of 1 epoch",
         "30% of the subjects are held out",
         "its change since the round's model, rounded to 16-bit numbers",
         "NO differential privacy (privacy: off in site.yaml) and NO secure aggregation",
@@ -77,7 +77,7 @@ def test_the_sheet_says_what_a_budget_promises_and_what_still_leaves(
     on = SiteConfig(data=Path("/data"), privacy=budget)
     text = words(sheet(terms, invitation, on))
     assert "at most epsilon 3.5 at delta 0.0001, over all federations" in text
-    assert "1 noisy steps a round with every patient in each" in text
+    assert "1 noisy step a round with every patient in each" in text
     assert "NO differential privacy" not in text
     assert "NO secure aggregation" in text
     assert said in text

@@ -188,7 +188,7 @@ def test_a_shortened_replaced_or_rewritten_ledger_is_noticed_by_the_anchor(
     write(ledger, anchor, spend(2))
     shutil.copy(shorter, ledger)
     with (
-        pytest.raises(LedgerError, match="it holds 1 entries and held 2 before"),
+        pytest.raises(LedgerError, match="holds 1 entries and held 2 before"),
         open_ledger(ledger, anchor),
     ):
         pass

@@ -274,7 +274,12 @@ def test_review_shows_what_waits_and_what_changed(invited, invitation, terms, ti
     assert settled.exit_code == 0
     assert "These terms are accepted; nothing else awaits an answer." in settled.stdout
 
+    assert command("review", path, "--accept", terms.hash()).exit_code == 0
+
     other = replace(terms, config=tiny_config("rounds.number=9"))
+    early = command("review", path, "--accept", other.hash())
+    assert early.exit_code == 1
+    assert "No terms await an answer here" in early.stderr
     consent.propose(invited, other)
     changed = command("review", path)
     assert changed.exit_code == 1

@@ -22,6 +22,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from client.outbound import OutboundError, departures, in_words, inspect, release
 from common.messages import (
+    WITHHELD,
     SiteCard,
     SiteReport,
     SiteUpdate,
@@ -190,6 +191,17 @@ def test_in_words_adds_up(tmp_path):
         "1 acknowledgement",
     ]
     assert released.kind == "card"
+
+
+def test_withheld_metrics_are_not_called_metrics(tmp_path):
+    record = tmp_path / "sent.sqlite"
+    withheld = pack_site_report(SiteReport("Oslo", 1, SiteMetrics(6, {}, {}), released=WITHHELD))
+    released = release(reply(withheld), record)
+    assert released.in_words().startswith("number of subjects and privacy statement, metrics with")
+    release(reply(report(loss=0.5)), record)
+    statements, metrics = sorted(in_words(record))
+    assert statements.startswith("1 privacy statement with the number of held-out subjects")
+    assert metrics.startswith("1 set of mean metrics (")
 
 
 def test_large_amounts_are_told_in_megabytes(tmp_path):

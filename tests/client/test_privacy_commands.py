@@ -209,7 +209,7 @@ def planned(monkeypatch):
     """Instead of calibrating: what `plan_document` was called with."""
     calls = []
 
-    def plan(cohort, config, recipe, epsilons, delta, compared_at):
+    def plan(cohort, config, recipe, epsilons, delta, compared_at, spent):
         calls.append((cohort, config, recipe, tuple(epsilons), delta, compared_at))
         return {"planned": True}
 
@@ -225,7 +225,7 @@ def test_plan_without_a_folder(planned):
     assert cohort.training == 8
     assert config.preset == "private"
     assert (recipe.rounds, recipe.steps, recipe.batch) == (20, 1, None)
-    assert (epsilons, delta, compared_at) == ((20, 8, 3), None, 8)
+    assert (epsilons, delta, compared_at) == ((20, 8, 3), 1 / 80, 8)
 
 
 def test_plan_takes_what_is_given(planned, tmp_path):
@@ -253,6 +253,17 @@ def test_plan_of_a_folder_knows_its_terms_and_budget(planned, accepted, terms):
     assert cohort.training + cohort.held_out == 18
     assert recipe.rounds == terms.config.rounds.number
     assert (epsilons, delta, compared_at) == ((20, 8, 5, 3), 0.002, 5)
+
+
+def test_plan_tells_what_the_ledger_has_spent(paid, monkeypatch):
+    monkeypatch.setattr("client.privacy_plan._recipes", lambda patients, recipe: [])
+    arguments = "privacy-plan", paid.path, "--patients", N_TRAINING, "--rounds", 2, "--epsilon", 8
+    document = json.loads(command(*arguments, "--json").stdout)
+    report = json.loads(command("privacy-report", paid.path, "--json").stdout)
+    assert document["spent"] == report["spent"]["epsilon"] > 0
+    assert f"epsilon {document['spent']:.3f} has been spent already" in document["advice"][0]
+    ledger_of(paid).unlink()
+    assert json.loads(command(*arguments, "--json").stdout)["spent"] == 0
 
 
 def test_plan_prints_and_draws(tmp_path):

@@ -83,6 +83,12 @@ def test_small_batches_are_sampled(private, alone):
     assert Recipe("", 1, 1, 4.0, 1).rate(3) == 1.0
 
 
+def test_more_patients_a_step_than_there_are_is_said(private, alone):
+    recipe = Recipe("this plan", 2, 1, 40.0, 10_000)
+    document = plan_document(Cohort(8, None, ""), private, recipe, [8.0], 0.01, 8.0)
+    assert document["advice"][0].startswith("40 patients a step are more than there are")
+
+
 def test_the_course_ends_at_the_budget(document):
     for plan in document["plans"]:
         course = dict(plan["course"])
