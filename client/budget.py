@@ -322,7 +322,10 @@ def _new_plan(
             return before
         raise BudgetSpent(_spent(str(error))) from error
     if before is not None:
-        first = next(e for e in ledger.entries if e.kind == PLAN and e.recipe == before.recipe)
+        its = (PLAN, before.federation, before.site, before.recipe, before.patients)
+        first = next(
+            e for e in ledger.entries if (e.kind, e.federation, e.site, e.recipe, e.patients) == its
+        )
         if sigma > GROWTH * _steps(first).noise_multiplier:
             return before
     now = most_spent(ledger, members, recipe.delta)

@@ -92,7 +92,8 @@ def call_roll(grid: Grid, config: FederationConfig) -> Roll:
     roll = Roll(dict(sorted(cards.items())), nodes)
     needed = config.rounds.min_sites or 1
     if len(roll.training) < needed and not nobody_trains(roll):
-        raise FederationFailed(f"{len(roll.training)} sites can train, {needed} are needed.")
+        rest = "".join(f"\n  {site}: {why}" for site, why in roll.resting.items())
+        raise FederationFailed(f"{len(roll.training)} sites can train, {needed} are needed.{rest}")
     if not roll.evaluating:
         raise FederationFailed(
             "No site holds out a subject, so nothing could be measured: "

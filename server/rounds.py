@@ -249,7 +249,8 @@ def _one_round(
     missing = {c.site: c.reason for c in contributions if not c.trained}
     if resting and not contributions:
         raise _AllSpent(resting)
-    _enough(config, number, "train", len(contributions), missing)
+    newly = {site: why for site, why in resting.items() if site not in roll.resting}
+    _enough(config, number, "train", len(contributions), missing, newly)
     assert running is not None
     # a site that rests is none that the round needs
     contributions += [Contribution(s, trained=False, reason=why) for s, why in resting.items()]
@@ -379,15 +380,25 @@ def _finish(
 
 
 def _enough(
-    config: FederationConfig, number: int, stage: str, asked: int, missing: dict[str, str]
+    config: FederationConfig,
+    number: int,
+    stage: str,
+    asked: int,
+    missing: dict[str, str],
+    spent: Mapping[str, str] | None = None,
 ) -> None:
-    """By default every site that was asked must have answered: no silent subset."""
+    """By default every site that was asked must have answered: no silent subset.
+
+    `spent` are further sites, which answered that their privacy budget is spent: nobody waits for
+    them, and they are none of `rounds.min_sites`.
+    """
+    spent = spent or {}
     good = asked - len(missing)
     needed = asked
     if config.rounds.min_sites is not None:
-        needed = min(config.rounds.min_sites, asked)
+        needed = min(config.rounds.min_sites, asked + len(spent))
     if good < max(needed, 1):
-        raise _TooFew(number, stage, needed, good, missing)
+        raise _TooFew(number, stage, needed, good, {**missing, **spent})
 
 
 def _pooled(metrics: dict[str, SiteMetrics], key: str) -> float | None:

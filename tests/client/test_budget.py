@@ -166,14 +166,26 @@ def test_the_last_round_is_not_paid_twice_with_far_more_noise(make_site):
 def test_what_was_spent_elsewhere_meanwhile_is_made_up_for(make_site, caplog):
     site = make_site()
     first = pay_for_training(site, 1).noise.noise_multiplier
-    other = make_site("rounds.number=60", folder="other", federation="f2")
+    other = make_site("rounds.number=2", folder="other", federation="f2")
     pay_for_training(other, 1)
-    again = pay_for_training(site, 2).noise.noise_multiplier
+    # absent from round 2, which does not make up for it by itself
+    again = pay_for_training(site, 3).noise.noise_multiplier
     assert first < again <= GROWTH * first
-    for n in (3, 4, 5):
+    for n in (4, 5):
         pay_for_training(site, n)
     assert spent(site) <= BUDGET
     assert "has been spent on its patients" in caplog.text
+
+
+def test_another_federations_plan_is_no_measure_of_this_ones(make_site):
+    other = make_site(folder="other", federation="f2")
+    for n in (1, 2, 3):
+        pay_for_training(other, n)
+    site = make_site()
+    sigmas = [pay_for_training(site, n).noise.noise_multiplier for n in (1, 2, 2, 3, 4, 5)]
+    assert sigmas == sorted(sigmas)
+    assert len(set(sigmas)) == 2
+    assert spent(site) <= BUDGET
 
 
 def test_another_patient_makes_another_plan_within_the_same_budget(make_site, prepared):

@@ -249,6 +249,19 @@ def test_a_site_that_can_pay_no_more_rests_and_the_round_goes_on_without_it(fede
     assert "bb" in f.rounds()[1].metrics, "it goes on evaluating"
 
 
+def test_a_site_that_rests_is_none_of_the_least_number_of_sites(federation):
+    f = federation("rounds.number=2", "rounds.min_sites=3")
+    f.spoil[TRAIN, "bb", 2] = spent
+    with pytest.raises(FederationFailed) as caught:
+        f.run()
+    assert "Round 2 failed: 2 sites could train, 3 are needed" in str(caught.value)
+    assert f"bb: {SPENT}" in str(caught.value)
+    g = federation("rounds.number=2", "rounds.min_sites=2", folder="two")
+    g.spoil[TRAIN, "bb", 2] = spent
+    g.run()
+    assert len(g.rounds()) == 2
+
+
 def test_when_nobody_can_pay_any_more_the_rounds_so_far_are_the_result(federation, caplog):
     f = federation("rounds.number=4")
     for site in ("a", "bb", "ccc"):
