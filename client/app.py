@@ -101,7 +101,7 @@ def answer_roll_call(message: Message, context: Context) -> Message:
     site = _site(context)
     spent = may_train(site) if site.trains and site.budget is not None else ""
     if spent:
-        LOG.warning(spent)
+        LOG.warning(f"{site.name}: {spent}")
     card = SiteCard(
         site=site.name,
         trains=site.trains and not spent,

@@ -126,5 +126,6 @@ def same_run(history: History, roll: Roll, config: FederationConfig) -> None:
     history.note("config", config.fingerprint())
 
 
-def _subjects(card: SiteCard) -> tuple[bool, int, int]:
-    return card.trains or bool(card.resting), card.n_training, card.n_held_out
+def _subjects(card: SiteCard) -> tuple[int, int]:
+    """Not whether it trains: one without training subjects never does, and one with some may rest."""
+    return card.n_training, card.n_held_out

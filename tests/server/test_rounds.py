@@ -249,6 +249,18 @@ def test_a_site_that_can_pay_no_more_rests_and_the_round_goes_on_without_it(fede
     assert "bb" in f.rounds()[1].metrics, "it goes on evaluating"
 
 
+def test_a_run_in_which_a_site_rests_can_be_continued_any_number_of_times(federation):
+    f = federation("rounds.number=2")
+    f.spoil[TRAIN, "a", 2] = lambda update: "the disk is full"
+    with pytest.raises(FederationFailed, match="the disk is full"):
+        f.run()
+    f.spoil.clear()
+    f.sites["bb"] = replace(f.sites["bb"], trains=False, resting=SPENT)
+    for _ in range(3):
+        f.run()
+    assert in_history(f, verdict).contributed == {"a": (1, 2), "bb": (1,), "ccc": (1, 2)}
+
+
 def test_a_site_that_rests_is_none_of_the_least_number_of_sites(federation):
     f = federation("rounds.number=2", "rounds.min_sites=3")
     f.spoil[TRAIN, "bb", 2] = spent
@@ -551,7 +563,7 @@ def test_a_final_evaluation_without_everybody_is_told(federation):
         (lambda sites: sites.update(d=replace(sites["a"], site="d")), "d"),
         (lambda sites: sites.update(a=replace(sites["a"], n_training=4)), "a"),
         (lambda sites: sites.update(a=replace(sites["a"], n_held_out=3)), "a"),
-        (lambda sites: sites.update(ccc=replace(sites["ccc"], trains=False)), "ccc"),
+        (lambda sites: sites.update(ccc=replace(sites["ccc"], trains=False, n_training=0)), "ccc"),
     ],
 )
 def test_a_run_is_not_continued_with_other_sites_or_subjects(federation, change, named):
