@@ -260,9 +260,14 @@ def _delta(ledger: Ledger, site: Site, members: Sequence[Patient]) -> float:
     assert site.budget is not None
     if site.budget.delta is not None:
         return site.budget.delta
-    groups = {group for member in members for group, n in ledger.records_of(member).items() if n}
-    before = [e.delta for e in ledger.entries if e.kind in SPENDS and e.patients in groups]
+    before = [entry.delta for entry in _spends_on(ledger, members)]
     return min(delta_of(site), *(delta for delta in before if delta is not None), 1.0)
+
+
+def _spends_on(ledger: Ledger, members: Sequence[Patient]) -> list[Entry]:
+    """Whatever was spent on any of these patients."""
+    groups = {group for member in members for group, n in ledger.records_of(member).items() if n}
+    return [e for e in ledger.entries if e.kind in SPENDS and e.patients in groups]
 
 
 def clip_of(site: Site) -> float:
@@ -291,8 +296,7 @@ def _suffices(
     """Does the plan's noise still do for the rounds of training that are left? Not if one was paid for
     twice, or these patients were spent on elsewhere since."""
     total = recipe.rounds - plan.round + 1
-    groups = {group for member in members for group, n in ledger.records_of(member).items() if n}
-    since = [e for e in ledger.entries[plan.number :] if e.kind in SPENDS and e.patients in groups]
+    since = [e for e in _spends_on(ledger, members) if e.number > plan.number]
     its = (plan.federation, plan.site, recipe.kind)
     return all((e.federation, e.site, e.kind) == its for e in since) and (
         len(since) + planned <= total

@@ -91,7 +91,7 @@ def privacy_plan(
 ) -> None:
     """Before joining: the noise that a privacy budget asks for here, and what can then be learned.
 
-    Only names of files are read, and nothing is written but the plot. Small batches take up to a
+    Names of files and the ledger are read, and nothing is written but the plot. Small batches take up to a
     minute. Exit code 0: planned. 1: DIR or its data cannot be used. 2: wrong usage.
     """
     start_logging()

@@ -3,7 +3,7 @@
 The noise is calibrated as `client.budget` would for patients of whom nothing has been spent. It is
 set against the most that the patients' clipped gradients could add up to, which real ones never do:
 a ratio that is bad here is worse in training. The verdicts are rules of thumb, not measurements of
-this site's data. Nothing is read but names of files, and nothing is sent. How it looks is
+this site's data. Read are names of files and the privacy ledger; nothing is sent. How it looks is
 `client.plan_display`.
 """
 

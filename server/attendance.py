@@ -23,7 +23,7 @@ from common.terms import Terms, changes, terms_from
 from server.exchange import send
 from server.history import History
 from server.link_grid import Contact, LinkGrid
-from server.roll_call import FederationFailed, Roll, nobody_trains
+from server.roll_call import FederationFailed, Roll, by_site, nobody_trains
 
 LOG = logging.getLogger("fedbrats")
 CALL_SECONDS = 300.0  # for one roll call: a site's worker may have to start first
@@ -244,13 +244,11 @@ def note_terms(history: History, terms: Terms) -> None:
 
 
 def _nobody_trains(roll: Roll) -> str:
-    lines = "".join(f"  {site}: {reason}\n" for site, reason in roll.resting.items())
-    return f"No site can train:\n{lines}"
+    return f"No site can train:\n{by_site(roll.resting)}"
 
 
 def _who_is_missing(roll: Roll, needed: int, minutes: float) -> str:
-    absent = {**roll.absent, **roll.absent_evaluators, **roll.resting}
-    lines = "".join(f"  {site}: {reason}\n" for site, reason in absent.items())
+    lines = by_site({**roll.absent, **roll.absent_evaluators, **roll.resting})
     if roll.resting:
         lines += (
             "A site that rests does so for good: lower rounds.min_sites, or enrol another site.\n"

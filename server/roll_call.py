@@ -47,6 +47,11 @@ class Roll:
         return [site for site, card in self.cards.items() if card.n_held_out > 0]
 
 
+def by_site(reasons: Mapping[str, str]) -> str:
+    """A line for each site."""
+    return "".join(f"  {site}: {reason}\n" for site, reason in reasons.items())
+
+
 def nobody_trains(roll: Roll) -> bool:
     """Has every site that could train spent its privacy budget?"""
     return bool(roll.resting) and not (roll.training or roll.absent)
@@ -71,8 +76,8 @@ def call_roll(grid: Grid, config: FederationConfig) -> Roll:
     """Ask every connected node who it is.
 
     Raises:
-        FederationFailed: a site does not answer, two have one name, a configuration differs, no
-            site trains or none holds out a subject.
+        FederationFailed: a site does not answer, two have one name, a configuration differs, too
+            few train (unless all that could rest), or none holds out a subject.
     """
     cards: dict[str, SiteCard] = {}
     nodes: dict[str, int] = {}
@@ -92,8 +97,8 @@ def call_roll(grid: Grid, config: FederationConfig) -> Roll:
     roll = Roll(dict(sorted(cards.items())), nodes)
     needed = config.rounds.min_sites or 1
     if len(roll.training) < needed and not nobody_trains(roll):
-        rest = "".join(f"\n  {site}: {why}" for site, why in roll.resting.items())
-        raise FederationFailed(f"{len(roll.training)} sites can train, {needed} are needed.{rest}")
+        few = f"{len(roll.training)} sites can train, {needed} are needed."
+        raise FederationFailed(f"{few}\n{by_site(roll.resting)}".rstrip())
     if not roll.evaluating:
         raise FederationFailed(
             "No site holds out a subject, so nothing could be measured: "

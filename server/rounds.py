@@ -54,7 +54,7 @@ from server.history import (
     RoundRecord,
 )
 from server.replies import refuse_report, refuse_update
-from server.roll_call import FederationFailed, Roll, call_roll, nobody_trains, same_run
+from server.roll_call import FederationFailed, Roll, by_site, call_roll, nobody_trains, same_run
 from server.schedule import learning_rate, should_stop
 
 LOG = logging.getLogger("fedbrats")
@@ -70,7 +70,8 @@ def run_rounds(
     attend: Callable[[History, int], Roll] | None = None,
     attempts: int = 1,
 ) -> None:
-    """Train until the configured rounds are done or the validation loss says stop.
+    """Train until the configured rounds are done, the validation loss says stop, or every site that
+    could train has spent its privacy budget.
 
     Continues after the last complete round that `folder` holds, with the same result as a run that
     was never interrupted. At the end writes the best models and their metrics with HD95.
@@ -170,10 +171,9 @@ class _TooFew(Exception):
     reasons: dict[str, str]
 
     def text(self) -> str:
-        sites = "".join(f"  {site}: {reason}\n" for site, reason in self.reasons.items())
         return (
             f"Round {self.round} failed: {self.good} sites could {self.stage}, "
-            f"{self.needed} are needed.\n{sites}"
+            f"{self.needed} are needed.\n{by_site(self.reasons)}"
             "The rounds before it are kept; the same command continues after them."
         )
 
@@ -193,9 +193,11 @@ def _say_the_end(
 ) -> None:
     """Rounds that nobody can pay for any more do not take place; those before are the result."""
     why = "every site that could train has spent its privacy budget"
-    history.note("ended", why)
-    sites = "".join(f"\n  {site}: {reason}" for site, reason in reasons.items())
-    LOG.warning(f"training ends after round {rounds} of {config.rounds.number}: {why}{sites}")
+    history.note("ended", {"after_round": rounds, "why": why})
+    text = (
+        f"training ends after round {rounds} of {config.rounds.number}: {why}\n{by_site(reasons)}"
+    )
+    LOG.warning(text.rstrip())
 
 
 def _one_round(
@@ -232,25 +234,24 @@ def _one_round(
         )
 
     contributions: list[Contribution] = []
-    resting = dict(roll.resting)
+    spent: dict[str, str] = {}
     content = pack_train_task(task)
     messages = _messages(content, MessageType.TRAIN, roll.training, roll, config)
     for site, answer in answers(grid, messages, take):
         if isinstance(answer, str):
             LOG.warning(f"round {number}: {site} did not contribute: {answer}")
-        if isinstance(answer, BudgetSpent):
-            resting[site] = answer
-            continue
-        if isinstance(answer, str):
+            if isinstance(answer, BudgetSpent):
+                spent[site] = answer
+                continue
             answer = Contribution(site, trained=False, reason=answer)
         contributions.append(answer)
     for site, why in roll.absent.items():
         contributions.append(Contribution(site, trained=False, reason=why))
     missing = {c.site: c.reason for c in contributions if not c.trained}
+    resting = {**roll.resting, **spent}
     if resting and not contributions:
         raise _AllSpent(resting)
-    newly = {site: why for site, why in resting.items() if site not in roll.resting}
-    _enough(config, number, "train", len(contributions), missing, newly)
+    _enough(config, number, "train", len(contributions), missing, spent)
     assert running is not None
     # a site that rests is none that the round needs
     contributions += [Contribution(s, trained=False, reason=why) for s, why in resting.items()]
@@ -321,7 +322,7 @@ def _evaluate(
             measured.statements.append(GivenStatement(number, site, stage, answer.statement))
     for site, reason in missing.items():
         LOG.warning(f"round {number}: {site} did not evaluate: {reason}")
-    _enough(config, number, "evaluate", asked, missing)
+    _enough(config, number, "evaluate", asked, missing, spent={})
     measured.unmeasured.update(missing)
     return measured
 
@@ -385,14 +386,13 @@ def _enough(
     stage: str,
     asked: int,
     missing: dict[str, str],
-    spent: Mapping[str, str] | None = None,
+    spent: Mapping[str, str],
 ) -> None:
     """By default every site that was asked must have answered: no silent subset.
 
     `spent` are further sites, which answered that their privacy budget is spent: nobody waits for
     them, and they are none of `rounds.min_sites`.
     """
-    spent = spent or {}
     good = asked - len(missing)
     needed = asked
     if config.rounds.min_sites is not None:

@@ -90,8 +90,16 @@ def verdict(history: History) -> Verdict:
         tuple(history.failures()),
         withheld,
         noised,
-        str(history.noted("ended") or ""),
+        _ended(history, len(records)),
     )
+
+
+def _ended(history: History, rounds: int) -> str:
+    """Why the run ended after its last round; nothing if budgets were raised since and it went on."""
+    match history.noted("ended"):
+        case {"after_round": after, "why": str(why)} if after == rounds:
+            return why
+    return ""
 
 
 def _absent(unmeasured: Mapping[str, str], released: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -294,6 +294,19 @@ def test_when_nobody_can_pay_any_more_the_rounds_so_far_are_the_result(federatio
     assert saved_bytes(f) == before
 
 
+def test_an_end_that_was_not_reached_is_forgotten_when_budgets_are_raised(federation):
+    f = federation("rounds.number=4")
+    for site in ("a", "bb", "ccc"):
+        f.spoil[TRAIN, site, 3] = spent
+    f.spoil[FINAL, "a", 2] = f.spoil[FINAL, "a", 1] = lambda report: "the disk is full"
+    with pytest.raises(FederationFailed, match="the disk is full"):
+        f.run()
+    assert "It ended there" in in_history(f, verdict).lines()[0]
+    f.spoil.clear()
+    f.run()
+    assert in_history(f, verdict).lines()[0] == "Training complete: 4 rounds."
+
+
 def test_when_nobody_can_pay_for_the_first_round_it_fails(federation):
     f = federation()
     for site in ("a", "bb", "ccc"):
