@@ -71,13 +71,23 @@ def unknown_in_list(subjects: Sequence[Subject], root: Path, *, site: str) -> li
     # what is there and cannot be used has a finding of its own
     here = [path.name for path in root.rglob("*")]
     findings = []
-    for name in sorted(name for name in unknown if not any(n.startswith(name) for n in here)):
+    for name in sorted(unknown):
+        if any(_is_part_of(name, file) for file in here):
+            continue
         what = f"names subject {name}, of which no file is there"
         remedy = (
             "Correct the Subject_ID so that it equals the subject's folder, or delete the line."
         )
         findings.append(Finding(site, "", PATIENTS, "warning", "patients-unknown", what, remedy))
     return findings
+
+
+def _is_part_of(subject_id: str, file: str) -> bool:
+    """Case_1 has Case_1, Case_1_t1.nii and Case_1.nii.gz; not Case_12, nor its time point Case_1-002."""
+    if not file.startswith(subject_id):
+        return False
+    rest = file[len(subject_id) :]
+    return not rest or (rest[0] in "._-" and not rest[1:2].isdigit())
 
 
 def joined(patients: Mapping[str, str], twins: Mapping[str, str]) -> dict[str, str]:

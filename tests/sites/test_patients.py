@@ -202,11 +202,13 @@ def test_patients_of_subjects_with_one_scan_are_one():
 
 def test_a_line_about_nobody_is_warned_about(tmp_path):
     (tmp_path / "Case_3").mkdir()  # there, but not usable: that is said elsewhere
-    listed(tmp_path, "Case_1,P", "Case_02,P", "Case_3,P", "/etc,P", "..,Q", "[,Q")
+    (tmp_path / "Case_44_t1.nii").touch()
+    wrong = "Case_02,P", "Case_4,P", "Case,P", "/etc,P", "..,Q", "[,Q"
+    listed(tmp_path, "Case_1,P", "Case_3,P", "Case_44,P", *wrong)
     subjects = [Subject(i, tmp_path / i, {}, None) for i in ("Case_1", "Case_2")]
     found = unknown_in_list(subjects, tmp_path, site="Oslo")
     assert [f.what.split(",")[0] for f in found] == [
-        f"names subject {name}" for name in ("..", "/etc", "Case_02", "[")
+        f"names subject {name}" for name in ("..", "/etc", "Case", "Case_02", "Case_4", "[")
     ]
     assert {(f.site, f.file, f.severity) for f in found} == {("Oslo", "patients.csv", "warning")}
 
