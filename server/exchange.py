@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from common.config import FederationConfig
 from common.console import plain
 from common.messages import BUDGET_SPENT, BadMessage
 
@@ -26,6 +27,18 @@ Key = TypeVar("Key")
 def send(grid: Grid, message: Message) -> str:
     """The message's id, or "" if it cannot be sent. (Grids differ in how they say so.)"""
     return next(iter(grid.push_messages([message])), None) or ""
+
+
+def addressed(
+    content: RecordDict,
+    kind: str,
+    sites: Sequence[str],
+    nodes: Mapping[str, int],
+    config: FederationConfig,
+) -> dict[str, Message]:
+    """A message for each site; its time to live is the round's deadline."""
+    seconds = 60 * config.rounds.deadline_minutes
+    return {site: Message(content, nodes[site], kind, ttl=seconds) for site in sites}
 
 
 def answers(

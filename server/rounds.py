@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from common.config import FederationConfig
@@ -26,14 +26,11 @@ from common.messages import (
     SiteReport,
     TrainTask,
     pack_evaluate_task,
-    pack_train_task,
     unpack_site_report,
-    unpack_site_update,
-    weight_bytes,
 )
 from common.metrics import SiteMetrics
 from common.weights import Weights, save_weights
-from server.average import WeightedSum, add, mean, moving
+from server.average import moving
 from server.beginning import beginning
 from server.checkpoint import (
     RunFolder,
@@ -43,19 +40,19 @@ from server.checkpoint import (
     save_checkpoint,
 )
 from server.comparison import best_rounds, comparable_losses
-from server.exchange import BudgetSpent, answers
+from server.exchange import addressed, answers
 from server.history import (
     FINAL,
     METRICS,
-    TRAINING,
     Contribution,
     GivenStatement,
     History,
     RoundRecord,
 )
-from server.replies import refuse_report, refuse_update
+from server.replies import refuse_report
 from server.roll_call import FederationFailed, Roll, by_site, call_roll, nobody_trains, same_run
 from server.schedule import learning_rate, should_stop
+from server.updates import gather_updates
 
 LOG = logging.getLogger("fedbrats")
 WITHHOLDS = "it withholds its metrics, by its own choice."
@@ -210,41 +207,10 @@ def _one_round(
     models: _Models,
 ) -> tuple[_Models, RoundRecord, list[GivenStatement]]:
     begin = time.monotonic()
-    weights, decay = models.raw, config.rounds.average_decay
-    task = TrainTask(number, config.fingerprint(), rate, weights)
-    running: WeightedSum | None = None
-    statements: list[GivenStatement] = []
-
-    def take(site: str, content: RecordDict) -> Contribution | str:
-        """Add an update to the sum and forget it: it is a whole model."""
-        nonlocal running
-        update = unpack_site_update(content, since=weights)
-        if reason := refuse_update(update, roll.cards[site], task, config.rounds.max_change):
-            return reason
-        running = add(running, update.weights, update.n_training)
-        if update.statement is not None:
-            statements.append(GivenStatement(number, site, TRAINING, update.statement))
-        return Contribution(
-            site,
-            trained=True,
-            train_loss=update.loss,
-            seconds=update.seconds,
-            samples_per_second=update.samples_per_second,
-            bytes=weight_bytes(content),
-        )
-
-    contributions: list[Contribution] = []
-    spent: dict[str, str] = {}
-    content = pack_train_task(task)
-    messages = _messages(content, MessageType.TRAIN, roll.training, roll, config)
-    for site, answer in answers(grid, messages, take):
-        if isinstance(answer, str):
-            LOG.warning(f"round {number}: {site} did not contribute: {answer}")
-            if isinstance(answer, BudgetSpent):
-                spent[site] = answer
-                continue
-            answer = Contribution(site, trained=False, reason=answer)
-        contributions.append(answer)
+    decay = config.rounds.average_decay
+    task = TrainTask(number, config.fingerprint(), rate, models.raw)
+    gathered = gather_updates(grid, config, roll, task)
+    contributions, spent = gathered.contributions, gathered.spent
     for site, why in roll.absent.items():
         contributions.append(Contribution(site, trained=False, reason=why))
     missing = {c.site: c.reason for c in contributions if not c.trained}
@@ -252,11 +218,11 @@ def _one_round(
     if resting and not contributions:
         raise _AllSpent(resting)
     _enough(config, number, "train", len(contributions), missing, spent)
-    assert running is not None
+    assert gathered.weights is not None
     # a site that rests is none that the round needs
     contributions += [Contribution(s, trained=False, reason=why) for s, why in resting.items()]
     contributions.sort(key=lambda c: c.site)
-    raw = kept = mean(running, like=weights)
+    raw = kept = gathered.weights
     if decay and models.average is not None:
         kept = moving(models.average, raw, decay)
     measured = _evaluate(grid, config, roll, number, kept, surface_distances=False)
@@ -273,7 +239,7 @@ def _one_round(
         unmeasured={**roll.absent_evaluators, **measured.unmeasured},
         released=measured.released,
     )
-    return _Models(raw, kept), record, statements + measured.statements
+    return _Models(raw, kept), record, gathered.statements + measured.statements
 
 
 @dataclass(frozen=True)
@@ -297,7 +263,7 @@ def _evaluate(
 ) -> _Measured:
     task = EvaluateTask(number, config.fingerprint(), surface_distances, weights)
     content = pack_evaluate_task(task)
-    messages = _messages(content, MessageType.EVALUATE, roll.evaluating, roll, config)
+    messages = addressed(content, MessageType.EVALUATE, roll.evaluating, roll.nodes, config)
     measured = _Measured({}, {}, {}, [])
     # who is absent from a round is among its contributions already; the end has none
     missing = {**roll.absent, **roll.absent_evaluators} if surface_distances else {}
@@ -333,14 +299,6 @@ def _tell_who_withholds(record: RoundRecord, before: list[RoundRecord]) -> None:
     for site, how in record.released.items():
         if how == WITHHELD and site not in known:
             LOG.info(f"{site} withholds its metrics, by its own choice")
-
-
-def _messages(
-    content: RecordDict, kind: str, sites: list[str], roll: Roll, config: FederationConfig
-) -> dict[str, Message]:
-    """One for each site; its time to live is the round's deadline."""
-    seconds = 60 * config.rounds.deadline_minutes
-    return {site: Message(content, roll.nodes[site], kind, ttl=seconds) for site in sites}
 
 
 def _finish(
