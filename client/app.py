@@ -28,10 +28,18 @@ from client.evaluation import evaluate
 from client.ledger import LedgerError
 from client.privacy import NotProtectable
 from client.private_answers import private_report, private_update
+from client.secure_round import (
+    RoundRefused,
+    answer_adverts,
+    answer_sealed,
+    answer_survivors,
+    answer_task,
+)
 from client.site import Site, load_site
 from client.training import TrainingDiverged, train
 from common.config import FederationConfig
 from common.files import write_text_atomically
+from common.masking import BadRound
 from common.messages import (
     BUDGET_SPENT,
     BadMessage,
@@ -43,11 +51,26 @@ from common.messages import (
     pack_site_card,
     pack_site_report,
     pack_site_update,
+    task_hash,
     unpack_evaluate_task,
     unpack_train_task,
 )
 from common.metrics import summarise
 from common.model import network_for
+from common.secure_messages import (
+    MASKED,
+    SHARES,
+    UNMASK,
+    action_of,
+    pack_masked,
+    pack_revealed,
+    pack_sealed,
+    pack_trained,
+    session_of,
+    unpack_adverts,
+    unpack_sealed,
+    unpack_survivors,
+)
 from common.statement import Signed
 from common.weights import BadWeights, check_update, weights_of
 from sites.cache import CacheError
@@ -61,7 +84,14 @@ class TaskRefused(RuntimeError):
     """The site will not do this task; the text is sent to the server."""
 
 
-FOR_BOTH_SIDES = TaskRefused, TrainingDiverged, BudgetSpent, NotProtectable
+FOR_BOTH_SIDES = (
+    TaskRefused,
+    TrainingDiverged,
+    BudgetSpent,
+    NotProtectable,
+    RoundRefused,
+    BadRound,
+)
 
 
 def answering(handler: Handler) -> Handler:
@@ -105,7 +135,7 @@ def answer_roll_call(message: Message, context: Context) -> Message:
     card = SiteCard(
         site=site.name,
         trains=site.trains and not spent,
-        n_training=len(site.training) if site.trains else 0,
+        n_training=_told_number(site),
         n_held_out=len(site.held_out),
         n_left_out=len(site.left_out),
         config_fingerprint=site.config.fingerprint(),
@@ -128,12 +158,42 @@ def answer_train(message: Message, context: Context) -> Message:
             f"agreed is at most {agreed:g}."
         )
     network = _ready_network(site, task)
-    if site.budget is not None:
-        update = private_update(site, task, message.content, network, best_device())
-    else:
-        update = _update(site, task, network)
+
+    def update() -> SiteUpdate:
+        if site.budget is not None:
+            return private_update(site, task, message.content, network, best_device())
+        return _update(site, task, network)
+
+    session = session_of(message.content)
+    if (session is not None) != site.config.secure_aggregation:
+        raise TaskRefused(f"{site.name}: the task is not for the agreed kind of aggregation.")
+    if session is not None:
+        trained = answer_task(site, task, task_hash(message.content), session, update)
+        return _reply(message, pack_trained(trained))
     since = task.weights if site.config.rounds.updates == "fp16" else None
-    return _reply(message, pack_site_update(update, since))
+    return _reply(message, pack_site_update(update(), since))
+
+
+@app.train(action_of(SHARES))
+@answering
+def answer_shares(message: Message, context: Context) -> Message:
+    site = _site(context)
+    return _reply(message, pack_sealed(answer_adverts(site, unpack_adverts(message.content))))
+
+
+@app.train(action_of(MASKED))
+@answering
+def answer_masked(message: Message, context: Context) -> Message:
+    site = _site(context)
+    return _reply(message, pack_masked(answer_sealed(site, unpack_sealed(message.content))))
+
+
+@app.train(action_of(UNMASK))
+@answering
+def answer_unmask(message: Message, context: Context) -> Message:
+    site = _site(context)
+    revealed = answer_survivors(site, unpack_survivors(message.content))
+    return _reply(message, pack_revealed(revealed))
 
 
 @app.evaluate()
@@ -189,6 +249,13 @@ def _update(site: Site, task: TrainTask, network: torch.nn.Module) -> SiteUpdate
         weights=weights_of(network),
         statement=_stated(site, task.round),
     )
+
+
+def _told_number(site: Site) -> int | None:
+    """Under secure aggregation the number of training subjects is hidden in the sum, too."""
+    if not site.trains:
+        return 0
+    return None if site.config.secure_aggregation else len(site.training)
 
 
 def _stated(site: Site, round_: int) -> Signed | None:

@@ -36,8 +36,12 @@ class UnusableData(ValueError):
         self.findings = tuple(findings)
 
 
-def prepare_hospital(name: str, settings: SiteConfig, state: Path, terms: Terms) -> Prepared:
+def prepare_hospital(
+    name: str, settings: SiteConfig, state: Path, terms: Terms, key: Path
+) -> Prepared:
     """Check and preprocess the hospital's subjects, and write the site's folder `state`.
+
+    `key` is the file of the site's private key, with which it signs its keys for secure aggregation.
 
     Raises:
         UnusableData: no subject can be used, or one cannot and the federation refuses to skip it.
@@ -82,6 +86,8 @@ def prepare_hospital(name: str, settings: SiteConfig, state: Path, terms: Terms)
         federation=terms.federation,
         budget=settings.privacy,
         ledger=settings.privacy_ledger,
+        key=key,
+        roster=terms.roster,
     )
     warnings = sum(finding.severity == "warning" for finding in findings)
     return Prepared(len(site.training), len(site.held_out), len(bad), warnings)

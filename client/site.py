@@ -25,7 +25,8 @@ from sites.finding import Finding
 class Site:
     """`left_out` maps a subject that cannot be used to the reason, `patients` every training and
     held-out subject to the patient whose scan it is. `budget` is None where nothing protects the
-    patients; `ledger` is where spending is written, None where nobody keeps one."""
+    patients; `ledger` is where spending is written, None where nobody keeps one. `key` is the file of the
+    site's private key and `roster` the fingerprints of the keys that may be in a secure sum."""
 
     name: str
     folder: Path
@@ -38,6 +39,8 @@ class Site:
     federation: str = ""
     budget: PrivacyBudget | None = None
     ledger: Path | None = None
+    key: Path | None = None
+    roster: tuple[str, ...] = ()
 
     @property
     def anchor(self) -> Path:
@@ -57,6 +60,8 @@ def write_site(
     federation: str = "",
     budget: PrivacyBudget | None = None,
     ledger: Path | None = None,
+    key: Path | None = None,
+    roster: Sequence[str] = (),
 ) -> None:
     """Write `site.json` and `federation.yaml` for `load_site`.
 
@@ -74,6 +79,8 @@ def write_site(
         "federation": federation,
         "budget": budget and budget.model_dump(),
         "ledger": ledger and str(ledger.absolute()),
+        "key": key and str(key.absolute()),
+        "roster": sorted(roster),
         "left_out": {f.subject: f.what for f in findings if f.severity == "error"},
         "findings": [finding.as_dict() for finding in findings],
     }
@@ -101,4 +108,6 @@ def load_site(folder: Path) -> Site:
         federation=manifest["federation"],
         budget=PrivacyBudget(**manifest["budget"]) if manifest["budget"] else None,
         ledger=Path(manifest["ledger"]) if manifest["ledger"] else None,
+        key=Path(manifest["key"]) if manifest["key"] else None,
+        roster=tuple(manifest["roster"]),
     )

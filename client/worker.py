@@ -118,7 +118,7 @@ def _prepare(folder: Path, name: str) -> dict[str, Any]:
         require_protectable(network, terms.config)
         with open_ledger(settings.privacy_ledger, None, write=False):
             pass
-    prepared = prepare_hospital(name, settings, hospital.state, terms)
+    prepared = prepare_hospital(name, settings, hospital.state, terms, hospital.private_key)
     # how many bytes of weights a task may hold
     return {**vars(prepared), "model_bytes": len(encode(weights_of(network)))}
 

@@ -243,6 +243,11 @@ class FederationConfig(Section):
     on_bad_subject: Literal["refuse", "skip"] = Field(
         "refuse", description="an unusable subject stops the run, or is left out and reported"
     )
+    secure_aggregation: bool = Field(
+        False,
+        description="the server learns the sum of all updates only, never one site's; needs 3 sites "
+        "(docs/security.md)",
+    )
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description="of each site's subjects, by a seeded hash of their ids; never trained on"
     )

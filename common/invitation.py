@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from common.files import write_text_atomically
 from common.keys import digits_of
 from common.site_names import BadName, site_name
-from common.terms import BadTerms, Terms, terms_from
+from common.terms import FINGERPRINT, BadTerms, Terms, terms_from
 
 FORM = 1  # number of this file's form
 LARGEST_FILE = 1_000_000  # bytes; real ones have a few thousand
@@ -118,7 +118,7 @@ def _invitation(document: Any) -> Invitation:
     texts = {key: document[key] for key in TEXTS}
     if not re.fullmatch(r"[0-9a-f]{32}", texts["federation"]):
         raise BadInvitation(f"`federation` is no federation's id; {_AGAIN}")
-    if not re.fullmatch(r"SHA256:[A-Za-z0-9+/]{43}", texts["key_fingerprint"]):
+    if not re.fullmatch(FINGERPRINT, texts["key_fingerprint"]):
         raise BadInvitation(f"`key_fingerprint` is no key's fingerprint; {_AGAIN}")
     if not _is_address(texts["address"]):
         raise BadInvitation(f"`address` must be host:port, found {texts['address']!r}; {_AGAIN}")

@@ -30,12 +30,13 @@ EXACT, NOISED, WITHHELD = "exact", "noised", "withheld"  # how metrics are relea
 class SiteCard:
     """A site's answer to the roll call. `trains` is False for a site that only evaluates.
 
-    `resting` says why it does so although it has subjects to train on: its privacy budget is spent.
+    `n_training` is None where secure aggregation hides it. `resting` says why a site does not train
+    although it has subjects to train on: its privacy budget is spent.
     """
 
     site: str
     trains: bool
-    n_training: int
+    n_training: int | None
     n_held_out: int
     n_left_out: int
     config_fingerprint: str
@@ -93,7 +94,8 @@ class SiteReport:
 
 
 def pack_site_card(card: SiteCard) -> RecordDict:
-    return RecordDict({"card": ConfigRecord(dict(vars(card)))})
+    told = {name: value for name, value in vars(card).items() if value is not None}
+    return RecordDict({"card": ConfigRecord(told)})
 
 
 def unpack_site_card(content: RecordDict) -> SiteCard:
@@ -101,13 +103,13 @@ def unpack_site_card(content: RecordDict) -> SiteCard:
     card = SiteCard(
         site=value_of(record, "site", str),
         trains=value_of(record, "trains", bool),
-        n_training=value_of(record, "n_training", int),
+        n_training=value_of(record, "n_training", int) if "n_training" in record else None,
         n_held_out=value_of(record, "n_held_out", int),
         n_left_out=value_of(record, "n_left_out", int),
         config_fingerprint=value_of(record, "config_fingerprint", str),
         resting=value_of(record, "resting", str),
     )
-    numbers = card.n_training, card.n_held_out, card.n_left_out
+    numbers = card.n_training or 0, card.n_held_out, card.n_left_out
     if min(numbers) < 0 or max(numbers) > MOST_SUBJECTS:
         raise BadMessage("a number of subjects is negative or impossibly large.")
     if card.trains and card.n_training == 0:

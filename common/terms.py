@@ -17,6 +17,8 @@ from pydantic import ValidationError
 
 from common.config import FederationConfig
 
+FINGERPRINT = r"SHA256:[A-Za-z0-9+/]{43}"  # of a key, as `ssh-keygen -lf` prints it
+
 
 class BadTerms(ValueError):
     """A document does not state terms that this version understands; the text says why."""
@@ -24,11 +26,16 @@ class BadTerms(ValueError):
 
 @dataclass(frozen=True)
 class Terms:
-    """`federation` is the random id that `fed-server init` drew; `code_hash` is `common.code_hash`."""
+    """`federation` is the random id that `fed-server init` drew; `code_hash` is `common.code_hash`.
+
+    `roster` is, with secure aggregation, the fingerprints of all enrolled site keys: of whom the sum
+    may consist. Without it it is empty: who else takes part is then no part of what a site accepts.
+    """
 
     federation: str
     code_hash: str
     config: FederationConfig
+    roster: tuple[str, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """The terms as plain JSON types; equal terms give equal documents."""
@@ -36,6 +43,7 @@ class Terms:
             "federation": self.federation,
             "code_hash": self.code_hash,
             "config": self.config.agreed(),
+            **({"roster": sorted(self.roster)} if self.config.secure_aggregation else {}),
         }
 
     def hash(self) -> str:
@@ -57,8 +65,13 @@ def terms_from(document: Mapping[str, Any]) -> Terms:
     # both are shown to people, so nothing that could draw over a screen
     if not all(re.fullmatch(r"[0-9a-f]{1,64}", text) for text in (federation, code)):
         raise BadTerms("the federation's id or the code hash is no hexadecimal number.")
+    roster = document.get("roster", [])
+    if not isinstance(roster, list) or not all(
+        isinstance(mark, str) and re.fullmatch(FINGERPRINT, mark) for mark in roster
+    ):
+        raise BadTerms("the roster is no list of keys' fingerprints.")
     try:
-        return Terms(federation, code, FederationConfig.model_validate(config))
+        return Terms(federation, code, FederationConfig.model_validate(config), tuple(roster))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = "".join(c for c in ".".join(map(str, first["loc"])) if c.isprintable())[:80]

@@ -47,6 +47,11 @@ class RunFolder:
         """The model whose worst site is best."""
         return self.path / "model-worst-site.safetensors"
 
+    @property
+    def secure_sum(self) -> Path:
+        """The unmasked mean of the round that is going on: its sites will not unmask another."""
+        return self.path / "secure-sum.safetensors"
+
     def checkpoint(self, round_: int) -> Path:
         return self.path / "checkpoints" / f"round-{round_:04d}.safetensors"
 

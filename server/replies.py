@@ -12,6 +12,7 @@ import re
 from common.console import plain
 from common.messages import EXACT, NOISED, WITHHELD, SiteCard, SiteReport, SiteUpdate, TrainTask
 from common.metrics import REGIONS, SiteMetrics, mean_dice
+from common.secure_messages import Trained
 from common.statement import BadStatement, Signed, read_statement
 from common.weights import BadWeights, check_update, relative_change
 
@@ -28,9 +29,8 @@ def refuse_update(update: SiteUpdate, card: SiteCard, task: TrainTask, max_chang
         return reason
     if update.n_training != card.n_training:
         return f"it trained on {update.n_training} subjects but announced {card.n_training}."
-    told = update.loss, update.seconds, update.samples_per_second
-    if not all(x is None or abs(x) <= LARGEST for x in told):
-        return "its training loss, time or throughput is not a possible number."
+    if reason := _refuse_numbers(update):
+        return reason
     try:
         check_update(update.weights, task.weights)
     except BadWeights as error:
@@ -39,6 +39,13 @@ def refuse_update(update: SiteUpdate, card: SiteCard, task: TrainTask, max_chang
     if not change <= max_change:
         return f"its change is {change:.3g} times as large as the model (limit: {max_change:g})."
     return ""
+
+
+def refuse_trained(trained: Trained, card: SiteCard, number: int) -> str:
+    """Why a site that has trained cannot be in the sum; empty if it can. Its keys are checked later."""
+    if (trained.site, trained.round) != (card.site, number):
+        return f"its answer is from {trained.site} for round {trained.round}."
+    return _refuse_statement(trained.statement, card, number) or _refuse_numbers(trained)
 
 
 def refuse_report(report: SiteReport, card: SiteCard, number: int) -> str:
@@ -52,6 +59,13 @@ def refuse_report(report: SiteReport, card: SiteCard, number: int) -> str:
     return {EXACT: _refuse_exact, NOISED: _refuse_noised, WITHHELD: _refuse_withheld}[
         report.released
     ](report.metrics)
+
+
+def _refuse_numbers(said: SiteUpdate | Trained) -> str:
+    told = said.loss, said.seconds, said.samples_per_second
+    if not all(x is None or abs(x) <= LARGEST for x in told):
+        return "its training loss, time or throughput is not a possible number."
+    return ""
 
 
 def _refuse_exact(metrics: SiteMetrics) -> str:

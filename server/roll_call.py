@@ -25,13 +25,15 @@ class Roll:
     """Who takes part: the sites' cards and Flower node ids, both by site name in sorted order.
 
     `absent` says of a site that should take part too why it does not; `absent_evaluators` the same
-    of one that is known not to train.
+    of one that is known not to train. `roster` is, for secure aggregation, whose keys the sites have
+    accepted; a simulation's server does not know.
     """
 
     cards: dict[str, SiteCard]
     nodes: dict[str, int]
     absent: Mapping[str, str] = field(default_factory=dict)
     absent_evaluators: Mapping[str, str] = field(default_factory=dict)
+    roster: tuple[str, ...] = ()
 
     @property
     def training(self) -> list[str]:
@@ -131,6 +133,6 @@ def same_run(history: History, roll: Roll, config: FederationConfig) -> None:
     history.note("config", config.fingerprint())
 
 
-def _subjects(card: SiteCard) -> tuple[int, int]:
+def _subjects(card: SiteCard) -> tuple[int | None, int]:
     """Not whether it trains: one without training subjects never does, and one with some may rest."""
     return card.n_training, card.n_held_out

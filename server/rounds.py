@@ -52,7 +52,8 @@ from server.history import (
 from server.replies import refuse_report
 from server.roll_call import FederationFailed, Roll, by_site, call_roll, nobody_trains, same_run
 from server.schedule import learning_rate, should_stop
-from server.updates import gather_updates
+from server.secure_round import gather_secure_sum
+from server.updates import gather_updates, sites_needed
 
 LOG = logging.getLogger("fedbrats")
 WITHHOLDS = "it withholds its metrics, by its own choice."
@@ -123,6 +124,7 @@ def run_rounds(
                 continue
             failed = 0
             history.record_round(record, statements)
+            folder.secure_sum.unlink(missing_ok=True)
             _tell_who_withholds(record, done)
             done.append(record)
             losses = comparable_losses(done)
@@ -209,7 +211,10 @@ def _one_round(
     begin = time.monotonic()
     decay = config.rounds.average_decay
     task = TrainTask(number, config.fingerprint(), rate, models.raw)
-    gathered = gather_updates(grid, config, roll, task)
+    if config.secure_aggregation:
+        gathered = gather_secure_sum(grid, config, folder, roll, task)
+    else:
+        gathered = gather_updates(grid, config, roll, task)
     contributions, spent = gathered.contributions, gathered.spent
     for site, why in roll.absent.items():
         contributions.append(Contribution(site, trained=False, reason=why))
@@ -217,7 +222,8 @@ def _one_round(
     resting = {**roll.resting, **spent}
     if resting and not contributions:
         raise _AllSpent(resting)
-    _enough(config, number, "train", len(contributions), missing, spent)
+    needed = sites_needed(config, len(contributions), len(spent))
+    _enough(number, "train", needed, len(contributions), missing, spent)
     assert gathered.weights is not None
     # a site that rests is none that the round needs
     contributions += [Contribution(s, trained=False, reason=why) for s, why in resting.items()]
@@ -288,7 +294,10 @@ def _evaluate(
             measured.statements.append(GivenStatement(number, site, stage, answer.statement))
     for site, reason in missing.items():
         LOG.warning(f"round {number}: {site} did not evaluate: {reason}")
-    _enough(config, number, "evaluate", asked, missing, spent={})
+    needed = asked
+    if config.rounds.min_sites is not None:
+        needed = min(config.rounds.min_sites, asked)
+    _enough(number, "evaluate", max(needed, 1), asked, missing)
     measured.unmeasured.update(missing)
     return measured
 
@@ -339,24 +348,17 @@ def _finish(
 
 
 def _enough(
-    config: FederationConfig,
     number: int,
     stage: str,
+    needed: int,
     asked: int,
     missing: dict[str, str],
-    spent: Mapping[str, str],
+    spent: Mapping[str, str] | None = None,
 ) -> None:
-    """By default every site that was asked must have answered: no silent subset.
-
-    `spent` are further sites, which answered that their privacy budget is spent: nobody waits for
-    them, and they are none of `rounds.min_sites`.
-    """
+    """By default every site that was asked must have answered: no silent subset."""
     good = asked - len(missing)
-    needed = asked
-    if config.rounds.min_sites is not None:
-        needed = min(config.rounds.min_sites, asked + len(spent))
-    if good < max(needed, 1):
-        raise _TooFew(number, stage, needed, good, {**missing, **spent})
+    if good < needed:
+        raise _TooFew(number, stage, needed, good, {**missing, **(spent or {})})
 
 
 def _pooled(metrics: dict[str, SiteMetrics], key: str) -> float | None:

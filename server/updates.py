@@ -9,6 +9,7 @@ from flwr.app import MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from common.config import FederationConfig
+from common.masking import FEWEST_SITES
 from common.messages import TrainTask, pack_train_task, unpack_site_update, weight_bytes
 from common.weights import Weights
 from server.average import WeightedSum, add, mean
@@ -32,6 +33,18 @@ class Gathered:
     contributions: list[Contribution] = field(default_factory=list)
     spent: dict[str, str] = field(default_factory=dict)
     statements: list[GivenStatement] = field(default_factory=list)
+
+
+def sites_needed(config: FederationConfig, asked: int, spent: int) -> int:
+    """How many good updates make a round; by default those of every site that was asked.
+
+    `spent` further sites have answered that their privacy budget is spent: nobody waits for them, and
+    they are none of `rounds.min_sites`.
+    """
+    needed = asked
+    if config.rounds.min_sites is not None:
+        needed = min(config.rounds.min_sites, asked + spent)
+    return max(needed, FEWEST_SITES if config.secure_aggregation else 1)
 
 
 def gather_updates(grid: Grid, config: FederationConfig, roll: Roll, task: TrainTask) -> Gathered:

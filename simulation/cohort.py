@@ -16,6 +16,7 @@ from client.site import write_site
 from client.site_config import PrivacyBudget
 from common.config import FederationConfig
 from common.config_file import dump_config
+from common.keys import fingerprint, load_private_key, new_private_key, save_private_key
 from common.messages import EXACT
 from sites.checks import same_patient_twice
 from sites.finding import Finding
@@ -152,6 +153,8 @@ def changed_sites(cohort: Cohort, folder: Path) -> list[str]:
 def write_sites(cohort: Cohort, folder: Path, config: FederationConfig) -> dict[int, Path]:
     """Give each site its own folder below `folder`; returns the folders by Flower node id."""
     folders = {}
+    keys = _site_keys(cohort, folder) if config.secure_aggregation else {}
+    roster = [fingerprint(load_private_key(path).public_key()) for path in keys.values()]
     for node, site in enumerate(cohort.sites, start=1):
         folders[node] = folder / site.name
         write_site(
@@ -163,9 +166,21 @@ def write_sites(cohort: Cohort, folder: Path, config: FederationConfig) -> dict[
             held_out=site.held_out,
             findings=site.findings,
             patients=cohort.patients,
+            key=keys.get(site.name),
+            roster=roster,
             **_protection(folders[node], config),
         )
     return folders
+
+
+def _site_keys(cohort: Cohort, folder: Path) -> dict[str, Path]:
+    """The private keys of the sites that train, by name; made once."""
+    keys = {site.name: folder / site.name / "site.key" for site in cohort.sites if site.trains}
+    for path in keys.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            save_private_key(path, new_private_key())
+    return keys
 
 
 def _protection(site: Path, config: FederationConfig) -> dict[str, Any]:
