@@ -21,6 +21,7 @@ from common.config import FederationConfig
 from common.console import many
 from common.files import write_text_atomically
 from common.invitation import Invitation
+from common.masking import fewest_sites, most_colluders
 from common.terms import Terms, changes, terms_from
 
 
@@ -102,9 +103,14 @@ def sheet(terms: Terms, invitation: Invitation, settings: SiteConfig) -> str:
     c = terms.config
     t, r = c.training, c.rounds
     updates = (
-        "its change since the round's model, rounded to 16-bit numbers"
+        "weighted change of the weights, masked: only the sum over all sites can be read"
+        if c.secure_aggregation
+        else "the network's weights (its change since the round's model, rounded to 16-bit numbers)"
         if r.updates == "fp16"
-        else "whole, as 32-bit numbers"
+        else "the network's weights (whole, as 32-bit numbers)"
+    )
+    subjects = (
+        "held-out and left-out" if c.secure_aggregation else "training, held-out and left-out"
     )
     view = (
         f"patches of {_grid(t.patch)} voxels"
@@ -126,8 +132,8 @@ CONSENT SHEET of federation "{c.name}" ({terms.federation}) for {invitation.site
                 {c.held_out_fraction:.0%} of the subjects are held out and only measured on
 
   What leaves this building, and nothing else:
-   - after each round, the network's weights ({updates})
-   - this site's name, and the numbers of its training, held-out and left-out subjects
+   - after each round, {updates}
+   - this site's name, and the numbers of its {subjects} subjects
 {_numbers(settings.privacy)}
    - the text of an error or refusal, free of paths and data; that the farewell was heard
    - as with any connection: this machine's address, when it is connected, this site's public key,
@@ -137,6 +143,8 @@ CONSENT SHEET of federation "{c.name}" ({terms.federation}) for {invitation.site
   What stays: every scan, segmentation and subject id; results of single subjects.
 
 {_privacy(settings.privacy, c)}
+
+{_aggregation(terms, invitation)}
 
   Everything that the yes covers:
 {_listed(terms)}
@@ -175,10 +183,9 @@ def _numbers(privacy: PrivacyBudget | None) -> str:
 def _privacy(privacy: PrivacyBudget | None, config: FederationConfig) -> str:
     if privacy is None:
         return """\
-  Privacy       NO differential privacy (privacy: off in site.yaml) and NO secure aggregation.
-                Weights and means can reveal facts about training data to the coordinator and to
-                whoever gets the model. A mean over a single held-out subject is that subject's
-                result."""
+  Privacy       NO differential privacy (privacy: off in site.yaml).
+                Weights and means can reveal facts about training data to whoever sees them. A mean
+                over a single held-out subject is that subject's result."""
     delta = "1/(10 N)" if privacy.delta is None else f"{privacy.delta:g}"
     recipe = config.privacy
     sample = (
@@ -191,12 +198,31 @@ def _privacy(privacy: PrivacyBudget | None, config: FederationConfig) -> str:
                 {privacy.epsilon:g} at delta {delta}, over all federations together (site.yaml).
                 {many(recipe.steps, "noisy step")} a round with {sample} in each.
                 The noise is added here, so it holds against the coordinator, the other sites and
-                whoever gets the model. NO secure aggregation: the coordinator sees this site's own
-                noisy update. What is not covered: fed-client privacy-report, docs/privacy.md"""
+                whoever gets the model, with or without secure aggregation.
+                What is not covered: fed-client privacy-report, docs/privacy.md"""
     if config.network.norm == "batch":
         text += """
                 This federation's network (norm: batch) CANNOT be protected: join will refuse."""
     return text
+
+
+def _aggregation(terms: Terms, invitation: Invitation) -> str:
+    if not terms.config.secure_aggregation:
+        return """\
+  Aggregation   NO secure aggregation: the coordinator sees this site's own update."""
+    sites, own = len(terms.roster), invitation.key_fingerprint
+    fewest = fewest_sites(terms.config)
+    colluders = min(map(most_colluders, range(fewest, max(sites, fewest) + 1)))
+    keys = "\n".join(
+        f"                  {mark}{' (this site)' if mark == own else ''}" for mark in terms.roster
+    )
+    return f"""\
+  Aggregation   secure: the coordinator learns the sum of the sites' updates, of at least {fewest} of the
+                {sites} sites below, and no single one, as long as no more than {colluders} of them
+                {"colludes" if colluders == 1 else "collude"} with it (docs/security.md).
+                Ask the other hospitals by telephone for their keys: a key that is nobody's is a
+                site that the coordinator has made up.
+{keys}"""
 
 
 def _listed(terms: Terms) -> str:

@@ -27,7 +27,6 @@ from common.files import write_atomically
 from common.fixed_point import encode_vector
 from common.keys import fingerprint, load_private_key
 from common.masking import (
-    FEWEST_SITES,
     About,
     Advert,
     Member,
@@ -35,6 +34,7 @@ from common.masking import (
     Shares,
     advertise,
     context_of,
+    fewest_sites,
     mask_vector,
     members_of,
     new_secrets,
@@ -101,10 +101,11 @@ def answer_task(
         BadWeights: a value of the update is not finite.
     """
     files = _files(site)
-    if not FEWEST_SITES <= session.sites <= len(site.roster):
+    fewest = fewest_sites(site.config)
+    if not fewest <= session.sites <= len(site.roster):
         raise RoundRefused(
             f"{site.name}: a sum of {session.sites} sites is refused: secure aggregation needs at "
-            f"least {FEWEST_SITES}, and {len(site.roster)} were accepted."
+            f"least {fewest}, and {len(site.roster)} were accepted."
         )
     done = _read(files.unmasked)
     if done and done["round"] > task.round:
@@ -165,7 +166,7 @@ def answer_adverts(site: Site, stage: Adverts) -> Sealed:
     state = _session(site, files, stage)
     asked = [[advert.text, advert.signature.hex()] for advert in stage.adverts]
     if "sealed" not in state:
-        members = members_of(stage.adverts, _about(state), site.roster)
+        members = members_of(stage.adverts, _about(state), site.roster, fewest_sites(site.config))
         if state["advert"] not in asked:
             raise RoundRefused(f"{site.name}: its own keys are not among those of the round.")
         context, secrets, own = context_of(stage.adverts), _secrets(state), state["own"]
@@ -203,10 +204,11 @@ def answer_sealed(site: Site, stage: Sealed) -> Masked:
         by_site = {member.site: member for member in members}
         if own in asked or not asked.keys() <= by_site.keys():
             raise RoundRefused(f"{site.name}: shares came from sites that are not in the round.")
-        if len(asked) + 1 < threshold(len(members)):
+        needed = _needed(site, len(members))
+        if len(asked) + 1 < needed:
             raise RoundRefused(
-                f"{site.name}: {len(asked) + 1} of {len(members)} sites are left; "
-                f"{threshold(len(members))} are needed."
+                f"{site.name}: {len(asked) + 1} of {len(members)} sites are left; {needed} are "
+                "needed."
             )
         for sender, sealed in stage.shares.items():
             opened = unseal(sealed, secrets.sealing, own, by_site[sender], context)
@@ -231,7 +233,7 @@ def answer_survivors(site: Site, stage: Survivors) -> Revealed:
     if "received" not in state:
         raise RoundRefused(f"{site.name}: it has sent no masked update in this attempt.")
     shares = {name: Shares(*map(bytes.fromhex, pair)) for name, pair in state["shares"].items()}
-    needed = threshold(len(state["adverts"]))
+    needed = _needed(site, len(state["adverts"]))
     survivors = sorted(set(stage.sites))
     if state["own"] not in survivors or not shares.keys() >= set(survivors):
         raise RoundRefused(f"{site.name}: the sum would be of other sites than those of the round.")
@@ -306,6 +308,11 @@ def _files(site: Site) -> _Files:
     return _Files(folder)
 
 
+def _needed(site: Site, members: int) -> int:
+    """Of how many of a round's sites the sum must be."""
+    return max(threshold(members), fewest_sites(site.config))
+
+
 def _session(site: Site, files: _Files, stage: Adverts | Sealed | Survivors) -> dict[str, Any]:
     state = _read(files.session)
     if (state.get("session"), state.get("round")) != (stage.session, stage.round):
@@ -326,7 +333,7 @@ def _adverts(state: Mapping[str, Any]) -> list[Advert]:
 
 
 def _members(site: Site, state: Mapping[str, Any]) -> list[Member]:
-    return members_of(_adverts(state), _about(state), site.roster)
+    return members_of(_adverts(state), _about(state), site.roster, fewest_sites(site.config))
 
 
 def _context(state: Mapping[str, Any]) -> bytes:

@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from common.config import FederationConfig
 from common.keys import BadKey, fingerprint, parse_public_key, public_line
 
 FEWEST_SITES = 3  # in a sum: with two, each would know the other's update
@@ -41,6 +42,11 @@ BLOCK = 1 << 16  # values of a mask at a time
 
 class BadRound(ValueError):
     """What somebody sent does not belong to an honest round; the text says what is wrong."""
+
+
+def fewest_sites(config: FederationConfig) -> int:
+    """Of how many sites a sum must be at least, by the agreed configuration."""
+    return max(config.rounds.min_sites or FEWEST_SITES, FEWEST_SITES)
 
 
 def threshold(sites: int) -> int:
@@ -174,7 +180,9 @@ def check_advert(
     return Member(site, **keys)
 
 
-def members_of(adverts: Sequence[Advert], about: About, roster: Sequence[str]) -> list[Member]:
+def members_of(
+    adverts: Sequence[Advert], about: About, roster: Sequence[str], fewest: int
+) -> list[Member]:
     """The sites of a round, in the order of their fingerprints.
 
     Raises:
@@ -185,10 +193,8 @@ def members_of(adverts: Sequence[Advert], about: About, roster: Sequence[str]) -
         raise BadRound("a site is in the round twice.")
     if len({key for m in members for key in (m.sealing, m.masking)}) != 2 * len(members):
         raise BadRound("two keys of the round are the same.")
-    if not FEWEST_SITES <= len(members) <= about.sites:
-        raise BadRound(
-            f"{len(members)} of {about.sites} sites are in the round; it needs {FEWEST_SITES}."
-        )
+    if not fewest <= len(members) <= about.sites:
+        raise BadRound(f"{len(members)} of {about.sites} sites are in the round; {fewest} must be.")
     return sorted(members, key=lambda member: member.site)
 
 

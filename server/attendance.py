@@ -211,6 +211,7 @@ class Attendance:
             nodes,
             {site: why for site, why in absent.items() if site not in evaluators},
             {site: why for site, why in absent.items() if site in evaluators},
+            roster=self.terms.roster,
         )
 
 

@@ -145,6 +145,13 @@ def admit(
         path = out or coordinator.invitation(name)
         if out is None:
             path.parent.mkdir(exist_ok=True)
+        if answer.terms.config.secure_aggregation:
+            # the terms name every enrolled key, so each invitation changes with each admission
+            answer = invitation(coordinator, name, fingerprint(sent.key))
+            for other in enrolment.active(coordinator.enrolled):
+                if coordinator.invitation(other.name).exists():
+                    again = invitation(coordinator, other.name, other.fingerprint)
+                    write_invitation(coordinator.invitation(other.name), again)
         write_invitation(path, answer)
 
     print(f"{name} is enrolled since {site.admitted_at}.")
@@ -156,6 +163,12 @@ def admit(
     print(f"  your CA          {answer.ca_digits()}")
     print(f"Differs? fed-server revoke {folder} {name}")
     print(f"Send the hospital: {path}")
+    if answer.terms.config.secure_aggregation:
+        print(
+            f"Secure aggregation: hospitals agree to the list of all {len(answer.terms.roster)} "
+            f"enrolled keys. Admit every hospital first, then send the files in "
+            f"{coordinator.invitations}: each was written anew just now."
+        )
 
 
 @app.command()

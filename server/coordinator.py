@@ -27,7 +27,7 @@ from server.certificates import (
     read_certificate,
     renew_server_certificate,
 )
-from server.enrolment import create_registry
+from server.enrolment import active, create_registry
 
 
 class CoordinatorError(RuntimeError):
@@ -200,13 +200,19 @@ def federation_id(folder: CoordinatorFolder) -> str:
 
 
 def terms(folder: CoordinatorFolder) -> Terms:
-    """What hospitals are asked to agree to, by the present federation.yaml and the installed code.
+    """What hospitals are asked to agree to, by the present federation.yaml and the installed code;
+    with secure aggregation also by the present list of enrolled sites.
 
     Raises:
         ConfigError: federation.yaml cannot be used.
         CoordinatorError: the federation's id is damaged.
+        EnrolmentError: the list of enrolled sites cannot be read.
     """
-    return Terms(federation_id(folder), code_hash(), load_config(folder.config))
+    config = load_config(folder.config)
+    roster: tuple[str, ...] = ()
+    if config.secure_aggregation:
+        roster = tuple(sorted(site.fingerprint for site in active(folder.enrolled)))
+    return Terms(federation_id(folder), code_hash(), config, roster)
 
 
 def invitation(folder: CoordinatorFolder, site: str, key_fingerprint: str) -> Invitation:

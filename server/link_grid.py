@@ -116,7 +116,7 @@ class LinkGrid(Grid):
         with self._state.lock:
             for message_id, sent in list(self._sent.items()):
                 metadata = sent.message.metadata
-                work = WORK.get(metadata.message_type, "working")
+                work = WORK.get(metadata.message_type, "aggregating")  # securely: train.something
                 delivered = work if metadata.delivered_at else "called"
                 state[sent.site] = "sending" if self._reply_id(message_id) else delivered
         return state

@@ -20,8 +20,10 @@ from flwr.app import Message, MessageType
 from common.config_file import anchored
 from common.console import PlainFormatter
 from common.files import locked, write_text_atomically
+from common.masking import FEWEST_SITES
 from common.model import initial_weights
 from common.notices import Farewell, pack_farewell
+from common.terms import Terms
 from common.wire import encode
 from server import enrolment
 from server.attendance import Attendance, note_terms
@@ -84,8 +86,9 @@ def start(folder: CoordinatorFolder) -> Verdict:
             raise FederationFailed(
                 f"No hospital is enrolled yet: fed-server admit {folder.path} SITE.pub --name NAME"
             )
+        _require_roster(stated)
         state = new_link_state(folder.pieces)
-        sites = _Enrolled(folder, state)
+        sites = _Enrolled(folder, state, stated)
         run_id = begin_run(state, stated.federation, stated.code_hash)
         own: set[str] = set()
         grid = LinkGrid(
@@ -162,18 +165,37 @@ def _require_certificate(folder: CoordinatorFolder, address: str) -> None:
 class _Enrolled:
     """The enrolled sites; `admit` and `revoke` take effect within a second or two of `refresh`."""
 
-    def __init__(self, folder: CoordinatorFolder, state: LinkState) -> None:
-        self._folder, self._state = folder, state
+    def __init__(self, folder: CoordinatorFolder, state: LinkState, terms: Terms) -> None:
+        self._folder, self._state, self._terms = folder, state, terms
         self._placed: set[enrolment.EnrolledSite] = set()
+        self._left_out: set[enrolment.EnrolledSite] = set()
         self.names: tuple[str, ...] = ()
         self.refresh()
 
     def refresh(self) -> None:
         sites = set(enrolment.active(self._folder.enrolled))
+        if self._terms.config.secure_aggregation:
+            unknown = {site for site in sites if site.fingerprint not in self._terms.roster}
+            for site in sorted(unknown - self._left_out, key=lambda site: site.name):
+                LOG.warning(
+                    f"{site.name} takes no part yet: with secure aggregation every hospital must "
+                    "agree to its key. Stop and start this server to ask them."
+                )
+            self._left_out |= unknown
+            sites -= unknown
         if sites != self._placed:
             place_nodes(self._state, {site.name: site.key() for site in sites})
             self._placed = sites
             self.names = tuple(sorted(site.name for site in sites))
+
+
+def _require_roster(terms: Terms) -> None:
+    if terms.config.secure_aggregation and len(terms.roster) < FEWEST_SITES:
+        raise FederationFailed(
+            f"Secure aggregation needs at least {FEWEST_SITES} enrolled hospitals, so that a sum "
+            f"tells none of them another's update; {len(terms.roster)} are. Admit more, or set "
+            "secure_aggregation: false in federation.yaml."
+        )
 
 
 def _allow_many_files() -> None:

@@ -18,6 +18,7 @@ from client.privacy import NotProtectable, require_protectable
 from common.config import FederationConfig
 from common.config_file import ConfigError, anchored, dump_config, load_config
 from common.files import locked, write_text_atomically
+from common.masking import FEWEST_SITES
 from common.model import network_for
 from common.precision import autocast_dtype
 from server.app import app as server_app
@@ -76,6 +77,7 @@ def simulate(
         beginning(config)  # what is wrong with its file is said before hours go into preparing data
     with claimed(out, config) as folder:
         cohort = assemble(data, config, cache or out / "cache")
+        _require_enough_for_a_sum(cohort, config)
         for site in cohort.sites:
             LOG.info(f"{site.name}: {len(site.training)} training, {len(site.held_out)} held out")
         try:
@@ -84,6 +86,15 @@ def simulate(
             _write_results(folder, config, cohort, None, data)  # what was reached can be looked at
             raise
         return _write_results(folder, config, cohort, flair_threshold(cohort, config), data)
+
+
+def _require_enough_for_a_sum(cohort: Cohort, config: FederationConfig) -> None:
+    training = sum(site.trains for site in cohort.sites)
+    if config.secure_aggregation and training < FEWEST_SITES:
+        raise ConfigError(
+            f"`secure_aggregation` needs at least {FEWEST_SITES} sites that train, found {training}: "
+            "in a sum of two each would know the other's update."
+        )
 
 
 def _write_results(
