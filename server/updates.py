@@ -9,7 +9,7 @@ from flwr.app import MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from common.config import FederationConfig
-from common.masking import FEWEST_SITES
+from common.masking import fewest_sites
 from common.messages import TrainTask, pack_train_task, unpack_site_update, weight_bytes
 from common.weights import Weights
 from server.average import WeightedSum, add, mean
@@ -44,7 +44,7 @@ def sites_needed(config: FederationConfig, asked: int, spent: int) -> int:
     needed = asked
     if config.rounds.min_sites is not None:
         needed = min(config.rounds.min_sites, asked + spent)
-    return max(needed, FEWEST_SITES if config.secure_aggregation else 1)
+    return max(needed, fewest_sites(config) if config.secure_aggregation else 1)
 
 
 def gather_updates(grid: Grid, config: FederationConfig, roll: Roll, task: TrainTask) -> Gathered:
