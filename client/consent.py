@@ -21,7 +21,7 @@ from common.config import FederationConfig
 from common.console import many
 from common.files import write_text_atomically
 from common.invitation import Invitation
-from common.masking import fewest_sites, most_colluders
+from common.masking import colluders_withstood, fewest_sites
 from common.terms import Terms, changes, terms_from
 
 
@@ -212,7 +212,7 @@ def _aggregation(terms: Terms, invitation: Invitation) -> str:
   Aggregation   NO secure aggregation: the coordinator sees this site's own update."""
     sites, own = len(terms.roster), invitation.key_fingerprint
     fewest = fewest_sites(terms.config)
-    colluders = min(map(most_colluders, range(fewest, max(sites, fewest) + 1)))
+    colluders = colluders_withstood(terms.config, sites)
     keys = "\n".join(
         f"                  {mark}{' (this site)' if mark == own else ''}" for mark in terms.roster
     )

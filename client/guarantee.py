@@ -1,4 +1,5 @@
-"""What an (epsilon, delta) promises a patient, in bounds on any attack and in plain words.
+"""What is promised to a patient, in bounds on any attack and in plain words: by an (epsilon, delta),
+and by secure aggregation.
 
 Only what the pair itself implies. What has been spent is `client.privacy_report`'s to say, and what
 no epsilon says anything about is in `client.not_covered`.
@@ -7,6 +8,9 @@ no epsilon says anything about is in `client.not_covered`.
 from __future__ import annotations
 
 import math
+
+from common.masking import colluders_withstood, fewest_sites
+from common.terms import Terms
 
 FALSE_ALARMS = 0.01  # of the test in `found_at_most`
 
@@ -63,6 +67,30 @@ def in_words(epsilon: float, delta: float) -> list[str]:
         "well below one in the number of patients; by default it is a tenth of that."
     )
     return [guesses, f"An epsilon of {epsilon:.3g} is {worth}", attacks, rest]
+
+
+def of_aggregation(terms: Terms | None, *, private: bool) -> str:
+    """Who sees what of this site's updates, and what of it holds if others do not keep to it."""
+    holds = (
+        "Epsilon is this site's own and does not rest on it: the whole noise is added here. So it holds "
+        "as it is against a coordinator that sees the update, and whoever colludes with it."
+        if private
+        else "Without differential privacy nothing limits what the model itself tells about patients."
+    )
+    if terms is None or not terms.config.secure_aggregation:
+        return (
+            "Secure aggregation is off: the coordinator sees this site's own update of every round. "
+            + holds
+        )
+    sites = len(terms.roster)
+    return (
+        "Secure aggregation is on: the coordinator learns the sum of the updates, with the number of "
+        "training subjects, of at least "
+        f"{fewest_sites(terms.config)} of the {sites} sites that were agreed on, and no single one, as "
+        f"long as no more than {colluders_withstood(terms.config, sites)} of them collude with it. If "
+        "more do, they can find out this site's own update, as if it were off. It hides who in "
+        "the sum contributed what, not what the sum tells (docs/security.md). " + holds
+    )
 
 
 def percent(share: float) -> str:

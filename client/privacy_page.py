@@ -92,7 +92,7 @@ def report_table(document: Mapping[str, Any], *, terminal: bool) -> Group:
             table.add_row(*map(_safe, _entry_row(entry)))
         lines.append(table)
     lines.append("What it means")
-    lines += [f"  {_safe(text)}" for text in document["meaning"]]
+    lines += [f"  {_safe(text)}" for text in (*document["meaning"], document["aggregation"])]
     lines.append("Not covered (the page says more)")
     lines += [f"  {_safe(entry['what'])}" for entry in document["not_covered"]]
     return Group(*lines)

@@ -18,7 +18,7 @@ from typing import Any
 from client.accounting import accountant_name
 from client.budget import default_delta, most_spent
 from client.consent import NotAccepted, accepted_terms
-from client.guarantee import in_words, percent, right_at_most
+from client.guarantee import in_words, of_aggregation, percent, right_at_most
 from client.hospital import HospitalFolder
 from client.ledger import (
     DONE,
@@ -115,6 +115,7 @@ def privacy_document(hospital: HospitalFolder) -> dict[str, Any]:
         "agreed_epsilon": s.terms.config.privacy.epsilon if s.terms else None,
         "spent": spent,
         "meaning": _meaning(s, spent),
+        "aggregation": of_aggregation(s.terms, private=s.budget is not None),
         "federations": federations,
         "entries": [_line(entry, s) for entry in spends],
         "unprotected": unprotected,

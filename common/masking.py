@@ -73,6 +73,13 @@ def most_colluders(sites: int) -> int:
     return min(2 * threshold(sites) - sites - 1, threshold(sites) - 2)
 
 
+def colluders_withstood(config: FederationConfig, sites: int) -> int:
+    """`most_colluders` of the weakest round that sites of this configuration agree to: a server may
+    choose how many of the `sites` in the roster it asks."""
+    fewest = fewest_sites(config)
+    return min(map(most_colluders, range(fewest, max(sites, fewest) + 1)))
+
+
 # ----------------------------------------------------------------------------------------- keys
 
 

@@ -43,7 +43,7 @@ class Terms:
             "federation": self.federation,
             "code_hash": self.code_hash,
             "config": self.config.agreed(),
-            **({"roster": sorted(self.roster)} if self.config.secure_aggregation else {}),
+            "roster": sorted(self.roster) if self.config.secure_aggregation else [],
         }
 
     def hash(self) -> str:

@@ -22,7 +22,7 @@ from server.checkpoint import RunFolder
 from server.coordinator import CoordinatorError, CoordinatorFolder, federation_id
 from server.enrolment import keys_of_all
 from server.history import History, RoundRecord
-from server.privacy_report import privacy_document
+from server.privacy_report import aggregation_in_words, privacy_document
 from server.tables import verdict
 
 LIMITS = (
@@ -56,6 +56,7 @@ def export_model(
             init_sha256 = history.noted("init_from")
             keys = keys_of_all(folder.enrolled)
             privacy = privacy_document(history, keys, federation_id(folder))["sites"]
+            how_aggregated = aggregation_in_words(history)
     if final is None:
         raise CoordinatorError(
             f"{folder.path}: the federation is not complete, so there is no final model yet."
@@ -99,7 +100,7 @@ def export_model(
         "metrics": {site: _plain(m) for site, m in metrics.items()},
         "mean_dice": {site: _number(mean_dice(m)) for site, m in metrics.items()},
         "checkpoint_sha256": record.sha256,
-        "limits": [*LIMITS, _how_chosen(records), _how_private(privacy)],
+        "limits": [*LIMITS, _how_chosen(records), _how_private(privacy), how_aggregated],
     }
     out.mkdir(parents=True, exist_ok=True)
     model = out / "model.safetensors"
@@ -134,14 +135,14 @@ def _how_private(sites: Sequence[Mapping[str, Any]]) -> str:
     ]
     if not private:
         return (
-            "Trained without differential privacy and without secure aggregation: weights can "
-            "reveal facts about training subjects. Give it only to those who may know."
+            "Trained without differential privacy: weights can reveal facts about training subjects. "
+            "Give it only to those who may know."
         )
     said = "; ".join(
         f"{s['site']}: epsilon {s['epsilon']:.4g}, delta {s['delta']:.4g}" for s in private
     )
     text = (
-        "Trained without secure aggregation. Patient-level differential privacy, by each site's own "
+        "Patient-level differential privacy, by each site's own "
         f"statement and for its own patients: {said}."
     )
     others = [s["site"] for s in trained if s not in private]

@@ -34,8 +34,8 @@ EXPLAINED = (
         "and without that patient. Smaller is stronger."
     ),
     (
-        "There is no secure aggregation: the coordinator sees each site's update. The site's epsilon "
-        "holds against the coordinator too, because the noise was added at the site."
+        "A site's epsilon holds against the coordinator and everybody else too, with or without secure "
+        "aggregation, because all of the noise was added at the site."
     ),
     (
         "Rounds without differential privacy have no such guarantee, whatever other rounds had; nor "
@@ -74,8 +74,23 @@ def privacy_document(
             )
             for site in sorted(names)
         ],
-        "explained": list(EXPLAINED),
+        "explained": [*EXPLAINED, aggregation_in_words(history)],
     }
+
+
+def aggregation_in_words(history: History) -> str:
+    """Whether the coordinator saw each site's update, by the terms of the rounds."""
+    noted: Any = history.noted("terms") or []
+    ways = {entry["terms"]["config"].get("secure_aggregation", False) for entry in noted}
+    if ways == {True}:
+        return (
+            "Secure aggregation was on in every round: the coordinator's server learned sums of updates "
+            "only, and no single one unless it broke the protocol with more sites colluding than "
+            "docs/security.md says."
+        )
+    if True in ways:
+        return "Secure aggregation was on in some rounds; in the others the coordinator saw each update."
+    return "Secure aggregation was off: the coordinator saw each site's update."
 
 
 def _site(

@@ -56,7 +56,8 @@ def test_the_sheet_says_the_values_of_the_terms(terms, invitation):
         "at most 3 rounds of 1 epoch",
         "30% of the subjects are held out",
         "its change since the round's model, rounded to 16-bit numbers",
-        "NO differential privacy (privacy: off in site.yaml) and NO secure aggregation",
+        "NO differential privacy (privacy: off in site.yaml)",
+        "NO secure aggregation: the coordinator sees this site's own update",
         f"Hash of these terms: {terms.hash()}",
     ):
         assert value in text, value

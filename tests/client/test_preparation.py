@@ -30,7 +30,7 @@ def prepare(
 ) -> Prepared:
     settings = SiteConfig(data=data, cache=cache, privacy=budget)
     terms = Terms(FEDERATION, code_hash(), config)
-    return prepare_hospital("Oslo", settings, tmp_path / "state", terms)
+    return prepare_hospital("Oslo", settings, tmp_path / "state", terms, tmp_path / "site.key")
 
 
 @pytest.fixture

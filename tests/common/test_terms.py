@@ -74,7 +74,7 @@ def test_the_document_states_the_terms(preset):
     assert terms_from(document).hash() == terms.hash()
     reordered = json.loads(json.dumps(terms.document(), sort_keys=True))
     assert terms_from(reordered).hash() == terms.hash()
-    assert document.keys() == {"federation", "code_hash", "config"}
+    assert document.keys() == {"federation", "code_hash", "config", "roster"}
     assert not {"server", "split"} & document["config"].keys()
 
 
@@ -163,3 +163,22 @@ def test_terms_differ_in_their_hash_exactly_if_changes_are_listed():
     for _, config in every_change(TERMS.config):
         after = replace(TERMS, config=config)
         assert bool(changes(TERMS, after)) == (after.hash() != TERMS.hash())
+
+
+ROSTER = tuple(f"SHA256:{letter * 43}" for letter in "CAB")
+
+
+def test_the_roster_is_part_of_what_is_agreed_to_under_secure_aggregation_only():
+    secure = replace(TERMS, config=TERMS.config.model_copy(update={"secure_aggregation": True}))
+    with_roster = replace(secure, roster=ROSTER)
+    assert with_roster.hash() != secure.hash()
+    assert with_roster.hash() == replace(secure, roster=ROSTER[::-1]).hash(), "in whatever order"
+    assert terms_from(with_roster.document()).hash() == with_roster.hash()
+    assert changes(secure, with_roster) == [("roster", [], sorted(ROSTER))]
+    assert replace(TERMS, roster=ROSTER).hash() == TERMS.hash(), "else nobody agrees to it"
+
+
+@pytest.mark.parametrize("roster", ["SHA256:x", [5], ["\x1b[2J"], ["SHA256:" + "A" * 42], {"a": 1}])
+def test_a_roster_that_is_none_is_refused(roster):
+    with pytest.raises(BadTerms, match="roster"):
+        terms_from(TERMS.document() | {"roster": roster})
