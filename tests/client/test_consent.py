@@ -251,3 +251,21 @@ def test_the_sheet_lists_every_value_that_the_yes_covers(terms, invitation):
     text = sheet(terms, invitation, OFF)
     listed = text.partition("Everything that the yes covers:\n")[2].partition("\n\n")[0]
     assert yaml.safe_load(listed) == json.loads(json.dumps(terms.config.agreed()))
+
+
+def test_the_sheet_of_secure_aggregation_names_the_roster_and_what_it_withstands(terms, invitation):
+    others = tuple(f"SHA256:{letter * 43}" for letter in "ABC")
+    agreed = terms.config
+    rounds = agreed.rounds.model_copy(update={"min_sites": 3})
+    config = agreed.model_copy(update={"secure_aggregation": True, "rounds": rounds})
+    secure = replace(terms, config=config, roster=(*others, invitation.key_fingerprint))
+    text = words(sheet(secure, invitation, OFF))
+    assert "masked: only the sum over all sites can be read" in text
+    assert "numbers of its held-out and left-out subjects" in text
+    assert "of at least 3 of the 4 sites below" in text
+    assert "no more than 1 of them colludes with it" in text
+    assert f"{invitation.key_fingerprint} (this site)" in text
+    assert all(mark in text for mark in others)
+    assert "NO secure aggregation" not in text
+    plain = words(sheet(terms, invitation, OFF))
+    assert "SHA256:" not in plain.split("Everything that the yes covers")[0]

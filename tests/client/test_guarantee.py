@@ -7,7 +7,9 @@ from statistics import NormalDist
 
 import pytest
 
-from client.guarantee import found_at_most, in_words, right_at_most
+from client.guarantee import found_at_most, in_words, of_aggregation, right_at_most
+from common.config import FederationConfig, Rounds
+from common.terms import Terms
 
 
 def test_right_at_most_is_the_hypothesis_testing_bound():
@@ -43,3 +45,19 @@ def test_a_large_epsilon_is_called_weak():
     assert "next to no guarantee" in " ".join(in_words(25.0, 1e-5))
     # never rounded to what would be better than the truth
     assert "in at most nearly 100 % of cases" in " ".join(in_words(25.0, 1e-5))
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_what_secure_aggregation_promises_and_what_holds_without_it(private):
+    config = FederationConfig(secure_aggregation=True, rounds=Rounds(min_sites=5))
+    roster = tuple(f"SHA256:{letter * 43}" for letter in "ABCDEFGHIJ")
+    on = of_aggregation(Terms("f", "c", config, roster), private=private)
+    assert "of at least 5 of the 10 sites" in on
+    # with 5 to 10 sites in a round, the fewest that a dishonest server could need
+    assert "no more than 2 of them collude" in on
+    assert "as if it were off" in on
+    for off in (None, Terms("f", "c", FederationConfig())):
+        assert "is off: the coordinator sees this site's own update" in of_aggregation(
+            off, private=private
+        )
+    assert ("Epsilon is this site's own" in on) == private

@@ -250,3 +250,30 @@ def test_the_privacy_report_as_table_json_and_page(folder, site):
     damaged = run("privacy-report", folder)
     assert damaged.returncode == 1
     assert "history.sqlite" in damaged.stderr
+
+
+def test_with_secure_aggregation_every_admission_renews_every_invitation(tmp_path):
+    folder = tmp_path / "fed"
+    secure = ("--set", "secure_aggregation=true", "--address", "fed.example.org")
+    assert run("init", folder, *secure).returncode == 0
+    keys = {}
+    for name in ("Oslo", "Bergen", "Tromso"):
+        key = new_private_key()
+        keys[name] = fingerprint(key.public_key())
+        public = tmp_path / f"{name}.pub"
+        public.write_text(public_line(key.public_key(), name) + "\n")
+        done = run("admit", folder, public, "--name", name)
+        assert done.returncode == 0, done.stderr
+    assert "Admit every hospital first" in words(done.stdout)
+    assert "list of all 3 enrolled keys" in words(done.stdout)
+    hashes = set()
+    for name in keys:
+        terms = read_invitation(folder / "invitations" / f"{name}.fedbrats.json").terms
+        assert set(terms.roster) == set(keys.values()), "also that of who came first"
+        hashes.add(terms.hash())
+    assert len(hashes) == 1
+    assert run("revoke", folder, "Oslo").returncode == 0
+    started = run("start", folder)
+    assert started.returncode == 1
+    assert "needs at least 3 enrolled hospitals" in words(started.stderr)
+    assert "2 are" in words(started.stderr)
