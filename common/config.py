@@ -133,6 +133,22 @@ class Rounds(Section):
         100.0,
         description="largest norm of a site's change that is averaged, in norms of the round's model",
     )
+    outlier_factor: Annotated[float, Field(gt=1)] | None = Field(
+        10.0,
+        description="largest norm of a site's change, in medians of the round's changes (larger for "
+        "a site with more subjects than the median, in proportion); null: not compared",
+    )
+    aggregation: Literal["fedavg", "trimmed_mean", "median", "krum"] = Field(
+        "fedavg",
+        description="how updates become one model; all but fedavg withstand some bad sites, and "
+        "count every site once (docs/robustness.md)",
+    )
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.2, description="of each value, the share left out at either end (trimmed_mean)"
+    )
+    bad_sites: Annotated[int, Field(ge=0)] = Field(
+        1, description="how many sites may be bad (krum); a round needs twice as many and 3 more"
+    )
     deadline_minutes: PositiveFloat = Field(
         720.0, description="longest that a site may take to train, or to evaluate, in one round"
     )

@@ -47,6 +47,11 @@ class RunFolder:
         """The model whose worst site is best."""
         return self.path / "model-worst-site.safetensors"
 
+    @property
+    def updates(self) -> Path:
+        """The updates of the round that is going on; there is none between rounds."""
+        return self.path / "updates"
+
     def checkpoint(self, round_: int) -> Path:
         return self.path / "checkpoints" / f"round-{round_:04d}.safetensors"
 

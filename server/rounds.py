@@ -50,6 +50,7 @@ from server.history import (
     RoundRecord,
 )
 from server.replies import refuse_report
+from server.robust import fewest_updates
 from server.roll_call import FederationFailed, Roll, by_site, call_roll, nobody_trains, same_run
 from server.schedule import learning_rate, should_stop
 from server.updates import gather_updates
@@ -166,11 +167,12 @@ class _TooFew(Exception):
     needed: int
     good: int
     reasons: dict[str, str]
+    why: str = ""  # so many are needed, if that is not a matter of rounds.min_sites
 
     def text(self) -> str:
         return (
             f"Round {self.round} failed: {self.good} sites could {self.stage}, "
-            f"{self.needed} are needed.\n{by_site(self.reasons)}"
+            f"{self.needed} are needed{self.why}.\n{by_site(self.reasons)}"
             "The rounds before it are kept; the same command continues after them."
         )
 
@@ -209,7 +211,9 @@ def _one_round(
     begin = time.monotonic()
     decay = config.rounds.average_decay
     task = TrainTask(number, config.fingerprint(), rate, models.raw)
-    gathered = gather_updates(grid, config, roll, task)
+    if roll.training:  # if nobody trains, it is said below why
+        _enough_to_aggregate(config, number, len(roll.training), {**roll.absent, **roll.resting})
+    gathered = gather_updates(grid, config, roll, task, folder.updates)
     contributions, spent = gathered.contributions, gathered.spent
     for site, why in roll.absent.items():
         contributions.append(Contribution(site, trained=False, reason=why))
@@ -218,6 +222,9 @@ def _one_round(
     if resting and not contributions:
         raise _AllSpent(resting)
     _enough(config, number, "train", len(contributions), missing, spent)
+    _enough_to_aggregate(
+        config, number, len(contributions) - len(missing), {**missing, **gathered.spent}
+    )
     assert gathered.weights is not None
     # a site that rests is none that the round needs
     contributions += [Contribution(s, trained=False, reason=why) for s, why in resting.items()]
@@ -238,6 +245,7 @@ def _one_round(
         metrics=measured.metrics,
         unmeasured={**roll.absent_evaluators, **measured.unmeasured},
         released=measured.released,
+        chosen=gathered.chosen,
     )
     return _Models(raw, kept), record, gathered.statements + measured.statements
 
@@ -357,6 +365,16 @@ def _enough(
         needed = min(config.rounds.min_sites, asked + len(spent))
     if good < max(needed, 1):
         raise _TooFew(number, stage, needed, good, {**missing, **spent})
+
+
+def _enough_to_aggregate(
+    config: FederationConfig, number: int, good: int, missing: Mapping[str, str]
+) -> None:
+    """Asked before the sites train too: work that cannot be used is not asked for."""
+    needed = fewest_updates(config.rounds)
+    if good < needed:
+        why = f" for rounds.aggregation: {config.rounds.aggregation}"
+        raise _TooFew(number, "train", needed, good, dict(missing), why)
 
 
 def _pooled(metrics: dict[str, SiteMetrics], key: str) -> float | None:
