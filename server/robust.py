@@ -25,6 +25,7 @@ from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord, Rec
 from flwr.serverapp.strategy import FedAvg, FedMedian, FedTrimmedAvg, Krum
 
 from common.config import Rounds
+from common.console import many
 from common.weights import Weights
 from server.average import WeightedSum, add, mean
 from server.spool import Kept, read
@@ -74,7 +75,7 @@ def outliers(kept: Sequence[Kept], factor: float) -> dict[str, str]:
         if k.change / usual > limit:
             found[k.site] = (
                 f"its change is {k.change / usual:.3g} times the median of the round's "
-                f"(limit for its {k.n_training} subjects: {limit:.3g})."
+                f"(limit for its {many(k.n_training, 'subject')}: {limit:.3g})."
             )
     return found
 

@@ -53,8 +53,8 @@ def write(path: Path, weights: Weights) -> None:
         save_file({name: tensor.reshape(-1).contiguous() for name, tensor in weights.items()}, path)
     except SafetensorError as error:
         raise OSError(
-            f"{path}: cannot be written ({error}). A round's updates are kept there until it ends: "
-            "free disk space (one model for each site), then start again."
+            f"{path}: cannot be written ({error}). Free disk space there: while a round lasts its "
+            "updates are kept, one model for each site."
         ) from error
 
 

@@ -255,9 +255,12 @@ def test_how_many_updates_each_aggregation_needs():
         assert int(n * trim) == 1
         assert int((n - 1) * trim) == 0
     assert fewest_updates(Rounds(aggregation="trimmed_mean", trim=0)) == 1
-    assert [
-        fewest_updates(Rounds(aggregation="krum", bad_sites=bad)) for bad in (0, 1, 2, 3)
-    ] == [3, 5, 7, 9]
+    assert [fewest_updates(Rounds(aggregation="krum", bad_sites=bad)) for bad in (0, 1, 2, 3)] == [
+        3,
+        5,
+        7,
+        9,
+    ]
 
 
 # ---------------------------------------------------------------------------------------- memory
