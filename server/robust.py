@@ -30,7 +30,7 @@ from common.weights import Weights
 from server.average import WeightedSum, add, mean
 from server.spool import Kept, read
 
-TOGETHER = 2**21  # values of all sites in memory at a time, 16 MiB in float64
+TOGETHER = 2**20  # values of all sites in memory at a time, 8 MiB in float64
 FEWEST_TO_COMPARE = 3  # of two updates nobody can tell which is the bad one
 
 
