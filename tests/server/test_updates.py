@@ -16,9 +16,11 @@ from safetensors import SafetensorError
 
 from common.messages import SiteCard, SiteUpdate
 from common.model import initial_weights
+from common.statement import Signed, Statement
 from common.weights import Weights, save_weights
 from server import spool
 from server.checkpoint import load_checkpoint
+from server.history import History
 from server.roll_call import FederationFailed, Roll
 from tests.server.conftest import TRAIN, trained
 
@@ -160,6 +162,23 @@ def test_with_min_sites_the_round_is_fedavg_of_the_others(five, caplog):
         if not tensor.is_floating_point():
             exact = np.rint(exact)
         np.testing.assert_allclose(tensor, exact, rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_what_an_outlier_states_about_privacy_is_of_no_answer_that_counts(five):
+    """As of any refused update; the others' statements are kept."""
+    f = five("rounds.min_sites=4")
+
+    def stating(update: SiteUpdate) -> SiteUpdate:
+        about = {"site": update.site, "round": 1, "private": True, "metrics": "exact"}
+        stated = Statement("3f" * 16, code="c0de", at="2026-11-25", **about)
+        return replace(update, statement=Signed(stated.text(), b"a signature"))
+
+    far = away(initial_weights(f.config), 50)
+    f.spoil[TRAIN, "a", 1] = stating
+    f.spoil[TRAIN, "ccc", 1] = lambda update: stating(far(update))
+    f.run()
+    with History(f.folder.history) as history:
+        assert [s.site for s in history.statements()] == ["a"]
 
 
 def test_without_the_comparison_the_same_outlier_spoils_the_model(five):
