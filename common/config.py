@@ -133,6 +133,22 @@ class Rounds(Section):
         100.0,
         description="largest norm of a site's change that is averaged, in norms of the round's model",
     )
+    outlier_factor: Annotated[float, Field(gt=1)] | None = Field(
+        10.0,
+        description="largest norm of a site's change, in medians of the round's changes (larger for "
+        "a site with more subjects than the median, in proportion); null, or with secure_aggregation: not compared",
+    )
+    aggregation: Literal["fedavg", "trimmed_mean", "median", "krum"] = Field(
+        "fedavg",
+        description="how updates become one model; all but fedavg withstand some bad sites, and "
+        "count every site once (docs/robustness.md)",
+    )
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.2, description="of each value, the share left out at either end (trimmed_mean)"
+    )
+    bad_sites: Annotated[int, Field(ge=0)] = Field(
+        1, description="how many sites may be bad (krum); a round needs twice as many and 3 more"
+    )
     deadline_minutes: PositiveFloat = Field(
         720.0, description="longest that a site may take to train, or to evaluate, in one round"
     )
@@ -267,6 +283,16 @@ class FederationConfig(Section):
         if unknown or not value or len(set(value)) != len(value):
             raise ValueError(f"must be one or more of {', '.join(MODALITIES)}, each once")
         return tuple(m for m in MODALITIES if m in value)  # the channel order is fixed
+
+    @model_validator(mode="after")
+    def _sums_only(self) -> FederationConfig:
+        if self.secure_aggregation and self.rounds.aggregation != "fedavg":
+            raise ValueError(
+                f"`rounds.aggregation: {self.rounds.aggregation}` compares the sites' updates, which "
+                "`secure_aggregation` hides from the server: set one of the two back "
+                "(docs/security.md)"
+            )
+        return self
 
     def fingerprint(self) -> str:
         """sha256 (hex) of every agreed value, so that two parties can tell they agree."""

@@ -52,6 +52,11 @@ class RunFolder:
         """The unmasked mean of the round that is going on: its sites will not unmask another."""
         return self.path / "secure-sum.safetensors"
 
+    @property
+    def updates(self) -> Path:
+        """The updates of the round that is going on; there is none between rounds."""
+        return self.path / "updates"
+
     def checkpoint(self, round_: int) -> Path:
         return self.path / "checkpoints" / f"round-{round_:04d}.safetensors"
 

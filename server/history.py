@@ -43,6 +43,7 @@ CREATE TABLE IF NOT EXISTS released (stage TEXT, round INTEGER, site TEXT, how T
 CREATE TABLE IF NOT EXISTS statements (
     id INTEGER PRIMARY KEY, round INTEGER, site TEXT, stage TEXT, text TEXT, signature BLOB
 );
+CREATE TABLE IF NOT EXISTS chosen (round INTEGER PRIMARY KEY, site TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS final (round INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS failures (round INTEGER, site TEXT, reason TEXT);
 """
@@ -80,7 +81,8 @@ class GivenStatement:
 @dataclass(frozen=True)
 class RoundRecord:
     """One complete round. `metrics` holds the sites that told any; `loss` is over all subjects of
-    those that told theirs, None if nobody did.
+    those that told theirs, None if nobody did. `chosen` is the site whose update became the model,
+    where the aggregation takes a single one: the others were weighed, and contributed too.
 
     `unmeasured` says of a site that has no metrics why. `released` says which sites report other
     than exact metrics: one that withholds them did report, and is no absence.
@@ -96,6 +98,7 @@ class RoundRecord:
     metrics: dict[str, SiteMetrics]
     unmeasured: dict[str, str] = field(default_factory=dict)
     released: dict[str, str] = field(default_factory=dict)
+    chosen: str | None = None
 
     @property
     def mean_dice(self) -> float | None:
@@ -165,6 +168,8 @@ class History:
                 "INSERT INTO contributions VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 [(r.round, *vars(c).values()) for c in r.contributions],
             )
+            if r.chosen is not None:
+                db.execute("INSERT INTO chosen VALUES (?, ?)", (r.round, r.chosen))
             self._insert_metrics(ROUND, r.round, r.metrics, r.unmeasured, r.released)
             self._insert_statements(statements)
             db.execute("DELETE FROM failures")  # overcome
@@ -223,6 +228,7 @@ class History:
 
     def rounds(self) -> list[RoundRecord]:
         """Every complete round, in order."""
+        chosen = dict(self._read("SELECT round, site FROM chosen"))
         rows = self._read(
             "SELECT round, learning_rate, seconds, loss, checkpoint, sha256"
             " FROM rounds ORDER BY round"
@@ -239,6 +245,7 @@ class History:
                 metrics=self._metrics(ROUND, number),
                 unmeasured=self._of_round("site, reason FROM unmeasured", number),
                 released=self._of_round("site, how FROM released", number),
+                chosen=chosen.get(number),
             )
             for number, rate, seconds, loss, checkpoint, sha256 in rows
         ]

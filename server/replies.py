@@ -14,15 +14,15 @@ from common.messages import EXACT, NOISED, WITHHELD, SiteCard, SiteReport, SiteU
 from common.metrics import REGIONS, SiteMetrics, mean_dice
 from common.secure_messages import Trained
 from common.statement import BadStatement, Signed, read_statement
-from common.weights import BadWeights, check_update, relative_change
+from common.weights import BadWeights, check_update
 
 LARGEST = 1e9  # of a reported loss, time or distance
 MOST_METRICS = 200
 NOISED_METRICS = {f"dice/{region}" for region in REGIONS}
 
 
-def refuse_update(update: SiteUpdate, card: SiteCard, task: TrainTask, max_change: float) -> str:
-    """Why an update cannot be averaged; empty if it can."""
+def refuse_update(update: SiteUpdate, card: SiteCard, task: TrainTask) -> str:
+    """Why an update cannot be averaged, whatever its size; empty if it can."""
     if (update.site, update.round) != (card.site, task.round):
         return f"its update is from {update.site} for round {update.round}."
     if reason := _refuse_statement(update.statement, card, task.round):
@@ -35,7 +35,14 @@ def refuse_update(update: SiteUpdate, card: SiteCard, task: TrainTask, max_chang
         check_update(update.weights, task.weights)
     except BadWeights as error:
         return str(error)
-    change = relative_change(update.weights, task.weights)
+    return ""
+
+
+def refuse_change(change: float, max_change: float) -> str:
+    """Why an update of this size (`common.weights.relative_change`) cannot be averaged.
+
+    How it compares with those of the other sites: `server.robust.outliers`.
+    """
     if not change <= max_change:
         return f"its change is {change:.3g} times as large as the model (limit: {max_change:g})."
     return ""

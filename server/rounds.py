@@ -50,6 +50,7 @@ from server.history import (
     RoundRecord,
 )
 from server.replies import refuse_report
+from server.robust import fewest_updates
 from server.roll_call import FederationFailed, Roll, by_site, call_roll, nobody_trains, same_run
 from server.schedule import learning_rate, should_stop
 from server.secure_round import gather_secure_sum
@@ -168,11 +169,12 @@ class _TooFew(Exception):
     needed: int
     good: int
     reasons: dict[str, str]
+    why: str = ""  # so many are needed, if that is not a matter of rounds.min_sites
 
     def text(self) -> str:
         return (
             f"Round {self.round} failed: {self.good} sites could {self.stage}, "
-            f"{self.needed} are needed.\n{by_site(self.reasons)}"
+            f"{self.needed} are needed{self.why}.\n{by_site(self.reasons)}"
             "The rounds before it are kept; the same command continues after them."
         )
 
@@ -211,10 +213,12 @@ def _one_round(
     begin = time.monotonic()
     decay = config.rounds.average_decay
     task = TrainTask(number, config.fingerprint(), rate, models.raw)
+    if roll.training:  # if nobody trains, it is said below why
+        _enough_to_aggregate(config, number, len(roll.training), {**roll.absent, **roll.resting})
     if config.secure_aggregation:
         gathered = gather_secure_sum(grid, config, folder, roll, task)
     else:
-        gathered = gather_updates(grid, config, roll, task)
+        gathered = gather_updates(grid, config, roll, task, folder.updates)
     contributions, spent = gathered.contributions, gathered.spent
     for site, why in roll.absent.items():
         contributions.append(Contribution(site, trained=False, reason=why))
@@ -224,6 +228,9 @@ def _one_round(
         raise _AllSpent(resting)
     needed = sites_needed(config, len(contributions), len(spent))
     _enough(number, "train", needed, len(contributions), missing, spent)
+    _enough_to_aggregate(
+        config, number, len(contributions) - len(missing), {**missing, **gathered.spent}
+    )
     assert gathered.weights is not None
     # a site that rests is none that the round needs
     contributions += [Contribution(s, trained=False, reason=why) for s, why in resting.items()]
@@ -244,6 +251,7 @@ def _one_round(
         metrics=measured.metrics,
         unmeasured={**roll.absent_evaluators, **measured.unmeasured},
         released=measured.released,
+        chosen=gathered.chosen,
     )
     return _Models(raw, kept), record, gathered.statements + measured.statements
 
@@ -359,6 +367,16 @@ def _enough(
     good = asked - len(missing)
     if good < needed:
         raise _TooFew(number, stage, needed, good, {**missing, **(spent or {})})
+
+
+def _enough_to_aggregate(
+    config: FederationConfig, number: int, good: int, missing: Mapping[str, str]
+) -> None:
+    """Asked before the sites train too: work that cannot be used is not asked for."""
+    needed = fewest_updates(config.rounds)
+    if good < needed:
+        why = f" for rounds.aggregation: {config.rounds.aggregation}"
+        raise _TooFew(number, "train", needed, good, dict(missing), why)
 
 
 def _pooled(metrics: dict[str, SiteMetrics], key: str) -> float | None:

@@ -348,9 +348,9 @@ def _kept(folder: RunFolder, number: int, asked: str) -> Gathered | None:
     kept: Any = about
     return Gathered(
         weights,
-        [Contribution(**contribution) for contribution in kept["contributions"]],
-        kept["spent"],
-        [
+        contributions=[Contribution(**contribution) for contribution in kept["contributions"]],
+        spent=kept["spent"],
+        statements=[
             GivenStatement(round_, site, stage, Signed(text, bytes.fromhex(signature)))
             for round_, site, stage, text, signature in kept["statements"]
         ],

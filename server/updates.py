@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from flwr.app import MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from common.config import FederationConfig
+from common.config import FederationConfig, Rounds
 from common.masking import fewest_sites
-from common.messages import TrainTask, pack_train_task, unpack_site_update, weight_bytes
-from common.weights import Weights
+from common.messages import (
+    SiteUpdate,
+    TrainTask,
+    pack_train_task,
+    unpack_site_update,
+    weight_bytes,
+)
+from common.weights import Weights, relative_change
 from server.average import WeightedSum, add, mean
 from server.exchange import BudgetSpent, addressed, answers
 from server.history import TRAINING, Contribution, GivenStatement
-from server.replies import refuse_update
+from server.replies import refuse_change, refuse_update
+from server.robust import aggregate, compares_updates, fewest_updates, outliers
 from server.roll_call import Roll
+from server.spool import Kept, spool, write
 
 LOG = logging.getLogger("fedbrats")
 
@@ -25,11 +35,13 @@ LOG = logging.getLogger("fedbrats")
 class Gathered:
     """What the sites that were asked made of a task.
 
-    `weights` is the new model, None if no update was good; `contributions` are of all that were
-    asked but those in `spent`, which say that their privacy budget is spent.
+    `weights` is the new model, None if too few updates were good; `contributions` are of all that
+    were asked but those in `spent`, which say that their privacy budget is spent. `chosen` is as in
+    `RoundRecord`.
     """
 
     weights: Weights | None = None
+    chosen: str | None = None
     contributions: list[Contribution] = field(default_factory=list)
     spent: dict[str, str] = field(default_factory=dict)
     statements: list[GivenStatement] = field(default_factory=list)
@@ -47,17 +59,58 @@ def sites_needed(config: FederationConfig, asked: int, spent: int) -> int:
     return max(needed, fewest_sites(config) if config.secure_aggregation else 1)
 
 
-def gather_updates(grid: Grid, config: FederationConfig, roll: Roll, task: TrainTask) -> Gathered:
-    """Each update is added to the sum and forgotten: it is a whole model."""
+def gather_updates(
+    grid: Grid, config: FederationConfig, roll: Roll, task: TrainTask, folder: Path
+) -> Gathered:
+    """No update stays in memory, each is a whole model: it is added to a sum, or put into `folder`
+    for as long as the round lasts if the updates must be compared.
+
+    Raises:
+        OSError: the disk has no room for the updates of a round.
+    """
     gathered = Gathered()
+    if compares_updates(config.rounds):
+        with spool(folder) as place:
+            kept: list[Kept] = []
+
+            def keep(update: SiteUpdate, change: float) -> None:
+                path = place / f"{len(kept):04d}.safetensors"
+                write(path, update.weights)
+                kept.append(Kept(update.site, update.n_training, change, path))
+
+            _gather(grid, config, roll, task, gathered, keep)
+            _compare(kept, config.rounds, task, gathered)
+        return gathered
     running: WeightedSum | None = None
 
-    def take(site: str, content: RecordDict) -> Contribution | str:
+    def add_up(update: SiteUpdate, change: float) -> None:
         nonlocal running
-        update = unpack_site_update(content, since=task.weights)
-        if reason := refuse_update(update, roll.cards[site], task, config.rounds.max_change):
-            return reason
         running = add(running, update.weights, update.n_training)
+
+    _gather(grid, config, roll, task, gathered, add_up)
+    if running is not None:
+        gathered.weights = mean(running, like=task.weights)
+    return gathered
+
+
+def _gather(
+    grid: Grid,
+    config: FederationConfig,
+    roll: Roll,
+    task: TrainTask,
+    gathered: Gathered,
+    use: Callable[[SiteUpdate, float], None],
+) -> None:
+    """Have the sites train; `use` takes each good update and how large its change is."""
+
+    def take(site: str, content: RecordDict) -> Contribution | str:
+        update = unpack_site_update(content, since=task.weights)
+        if reason := refuse_update(update, roll.cards[site], task):
+            return reason
+        change = relative_change(update.weights, task.weights)
+        if reason := refuse_change(change, config.rounds.max_change):
+            return reason
+        use(update, change)
         if update.statement is not None:
             gathered.statements.append(GivenStatement(task.round, site, TRAINING, update.statement))
         return Contribution(
@@ -79,6 +132,24 @@ def gather_updates(grid: Grid, config: FederationConfig, roll: Roll, task: Train
                 continue
             answer = Contribution(site, trained=False, reason=answer)
         gathered.contributions.append(answer)
-    if running is not None:
-        gathered.weights = mean(running, like=task.weights)
-    return gathered
+
+
+def _compare(kept: list[Kept], rounds: Rounds, task: TrainTask, gathered: Gathered) -> None:
+    """Refuse the outliers among the updates, and make one model of the others."""
+    refused = outliers(kept, rounds.outlier_factor) if rounds.outlier_factor else {}
+    for site, reason in refused.items():
+        LOG.warning(f"round {task.round}: {site} did not contribute: {reason}")
+    gathered.contributions = [
+        Contribution(c.site, trained=False, reason=refused[c.site]) if c.site in refused else c
+        for c in gathered.contributions
+    ]
+    # as of any refused update: what it states is of no answer that counts
+    gathered.statements = [s for s in gathered.statements if s.site not in refused]
+    good = [k for k in kept if k.site not in refused]
+    if len(good) < fewest_updates(rounds):
+        return
+    gathered.weights, gathered.chosen = aggregate(good, task.weights, rounds)
+    if gathered.chosen is not None:
+        LOG.info(
+            f"round {task.round}: of {len(good)} updates {gathered.chosen}'s is the nearest to the others"
+        )

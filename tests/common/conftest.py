@@ -23,6 +23,7 @@ OTHER = {  # where a number or a flag does not follow from the default
     "training.precision": "fp32",
     "rounds.updates": "fp32",
     "rounds.average_decay": 0.5,
+    "rounds.aggregation": "median",
     "privacy.optimiser": "adam",
     "server.init_from": "model.safetensors",
     "server.address": "fed.example.org",

@@ -52,7 +52,7 @@ def comparable(record: RoundRecord) -> str:
 def test_a_round_reads_back_as_it_was_written(tmp_path):
     written = [
         a_round(1),
-        a_round(2, unmeasured={}, released={}, contributions=()),
+        a_round(2, unmeasured={}, released={}, contributions=(), chosen="ü b"),
         a_round(3, loss=None, metrics={}, released={"b": "withheld"}),
     ]
     with History(tmp_path / "h") as history:
