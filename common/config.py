@@ -136,7 +136,8 @@ class Rounds(Section):
     outlier_factor: Annotated[float, Field(gt=1)] | None = Field(
         10.0,
         description="largest norm of a site's change, in medians of the round's changes (larger for "
-        "a site with more subjects than the median, in proportion); null, or with secure_aggregation: not compared",
+        "a site with more subjects than the median, in proportion); not compared if null, or with "
+        "secure_aggregation",
     )
     aggregation: Literal["fedavg", "trimmed_mean", "median", "krum"] = Field(
         "fedavg",

@@ -273,3 +273,10 @@ def test_what_is_agreed_is_all_but_the_split_and_the_server():
 def test_fingerprint_is_of_values_and_not_of_how_they_are_written(tmp_path):
     config = load(tmp_path, "training: {learning_rate: 1e-4}\nmodalities: [flair, t2, t1ce, t1]")
     assert config.fingerprint() == load_config().fingerprint()
+
+
+@pytest.mark.parametrize("way", ["trimmed_mean", "median", "krum"])
+def test_what_compares_updates_is_refused_with_secure_aggregation(way):
+    with pytest.raises(ConfigError, match="hides from the server"):
+        load_config(assign=["secure_aggregation=true", f"rounds.aggregation={way}"])
+    assert load_config(assign=["secure_aggregation=true"]).secure_aggregation
