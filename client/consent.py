@@ -16,6 +16,7 @@ import yaml
 
 from client.hospital import HospitalFolder
 from client.site_config import PrivacyBudget, SiteConfig
+from common.audit_log import append
 from common.code_hash import code_hash
 from common.config import FederationConfig
 from common.console import many
@@ -52,6 +53,7 @@ def proposed_terms(folder: HospitalFolder) -> Terms | None:
 
 def propose(folder: HospitalFolder, terms: Terms) -> None:
     """Keep changed terms for `fed-client review`."""
+    append(folder.audit, "terms proposed", {"hash": terms.hash()})
     _write(folder.proposed, terms, "proposed_at")
 
 
@@ -62,6 +64,7 @@ def accept(folder: HospitalFolder, terms: Terms, hash_: str) -> None:
 
     Raises:
         NotAccepted: the hash is of other terms, or the code is not the installed one.
+        BadKey, LogError: the audit log cannot be written.
     """
     require_same_code(terms)
     if not is_hash_of(hash_, terms):
@@ -69,6 +72,7 @@ def accept(folder: HospitalFolder, terms: Terms, hash_: str) -> None:
             f"The hash {hash_} is not that of these terms ({terms.hash()}). "
             "They may have changed: read them again with `fed-client review`."
         )
+    append(folder.audit, "terms accepted", {"hash": terms.hash(), "code": terms.code_hash})
     _write(folder.accepted, terms, "accepted_at")
     folder.proposed.unlink(missing_ok=True)
 
@@ -82,6 +86,7 @@ def withdraw(folder: HospitalFolder) -> None:
     """Forget the yes: joining again asks again."""
     folder.accepted.unlink(missing_ok=True)
     folder.proposed.unlink(missing_ok=True)
+    append(folder.audit, "terms withdrawn", {})
 
 
 def require_same_code(terms: Terms) -> None:

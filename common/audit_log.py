@@ -239,9 +239,12 @@ def head(log: AuditLog) -> Head:
             return EMPTY
         with _opened(log) as file:
             anchor = _read_anchor(log)
+            size = os.fstat(file.fileno()).st_size
+            if anchor is None and size == 0:  # interrupted before its first entry
+                return EMPTY
             if anchor is None:
                 raise _anchor_missing(log)
-            _require_end(log, file, anchor, os.fstat(file.fileno()).st_size)
+            _require_end(log, file, anchor, size)
             return Head(anchor.number, anchor.hash)
     except OSError as error:
         raise _unusable(log.path, "read", error) from error
@@ -481,7 +484,7 @@ def _remedy(path: Path) -> str:
 
 def _anchor_missing(log: AuditLog) -> LogError:
     return LogError(
-        f"{log.anchor} is missing, so entries may be missing at the end of {log.path.name}. "
+        f"{log.anchor} is missing, so entries may be missing at the end of {log.path}. "
         f"{_remedy(log.path)}"
     )
 

@@ -75,7 +75,7 @@ def letter(tmp_path, invitation) -> Path:
 
 def is_unchanged(hospital) -> bool:
     names = {path.name for path in hospital.path.iterdir()}
-    return not names & {"accepted.json", "proposed.json", "sent.sqlite", "status.json"}
+    return not names & {"accepted.json", "proposed.json", "status.json"}
 
 
 # ------------------------------------------------------------------------------------------ join
@@ -366,7 +366,7 @@ def test_on_a_terminal_a_person_says_yes(invited, terms, answer, code, said):
 def sent(hospital) -> None:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     asked = Message(RecordDict(), 2, "train")
-    outbound.release(Message(Error(code=2, reason="no Gd"), reply_to=asked), hospital.sent)
+    outbound.release(Message(Error(code=2, reason="no Gd"), reply_to=asked), hospital.audit)
 
 
 def told(hospital) -> tuple[int, dict[str, Any]]:
@@ -442,7 +442,7 @@ def test_who_leaves_is_asked_again(invited, terms, runs):
     for text in ("This site has left", "1 error text", "fed-server revoke DIR NAME"):
         assert text in result.stdout
     assert consent.accepted_terms(invited) is None
-    assert outbound.departures(invited.sent), "the account stays"
+    assert outbound.departures(invited.audit), "the account stays"
     assert command("join", invited.path).exit_code == 1
     assert not runs.begun
     assert command("leave", invited.path).exit_code == 0

@@ -291,9 +291,11 @@ def rounds_done(coordinator: Person) -> int:
 
 def sent(hospital: Person) -> list[str]:
     """The kinds of everything that has left this hospital."""
+    from client.hospital import HospitalFolder
     from client.outbound import departures
 
-    return [departure["kind"] for departure in departures(hospital.path(SITE) / "sent.sqlite")]
+    record = HospitalFolder(hospital.path(SITE)).audit
+    return [departure["kind"] for departure in departures(record)]
 
 
 @pytest.mark.slow
