@@ -135,6 +135,8 @@ CONSENT SHEET of federation "{c.name}" ({terms.federation}) for {invitation.site
    - this site's name, and the numbers of its training, held-out and left-out subjects
 {_numbers(settings.privacy)}
    - the text of an error or refusal, free of paths and data; that the farewell was heard
+   - with every answer, number and hash of the last entry of this site's audit log, and of the last
+     that it has heard of the coordinator's
    - as with any connection: this machine's address, when it is connected, this site's public key,
      the versions of the programs, and the fingerprint of the configuration
   For each round at most 10 updates and 10 sets of means, should connections break; no update for an

@@ -25,13 +25,14 @@ from common.notices import Farewell, pack_farewell
 from common.wire import encode
 from server import enrolment
 from server.attendance import Attendance, note_terms
+from server.audit_trail import Witness
 from server.background import every
 from server.beginning import beginning
 from server.certificates import read_certificate
 from server.checkpoint import RunFolder
 from server.coordinator import CoordinatorFolder, host_and_port, terms
 from server.exchange import send
-from server.history import History
+from server.history import History, RoundRecord
 from server.link_grid import LinkGrid
 from server.link_state import LinkState, new_link_state
 from server.live import Board, showing
@@ -58,6 +59,7 @@ def start(folder: CoordinatorFolder) -> Verdict:
         AlreadyInUse: another process serves this folder.
         FederationFailed: too few sites, or a round with too few good replies; nothing is lost.
         CannotListen, CertificateError, ConfigError, CoordinatorError, EnrolmentError
+        BadKey, LogError: the audit log was changed, or cannot be written.
         BadWeights, HistoryError: what is needed to continue is damaged.
         OSError: the disk is full or not writable.
         Stopped: by SIGTERM or Ctrl-C.
@@ -84,6 +86,8 @@ def start(folder: CoordinatorFolder) -> Verdict:
             raise FederationFailed(
                 f"No hospital is enrolled yet: fed-server admit {folder.path} SITE.pub --name NAME"
             )
+        witness = Witness(folder.audit)
+        witness.begin(stated, before)
         state = new_link_state(folder.pieces)
         sites = _Enrolled(folder, state)
         run_id = begin_run(state, stated.federation, stated.code_hash)
@@ -94,6 +98,7 @@ def start(folder: CoordinatorFolder) -> Verdict:
             return_seconds=60 * config.server.return_minutes,
             largest_reply=len(encode(initial_weights(config))) + REPLY_OVERHEAD,
             own=own,
+            witness=witness,
         )
         board = Board(
             folder.status,
@@ -109,7 +114,13 @@ def start(folder: CoordinatorFolder) -> Verdict:
         attend = Attendance(grid, stated, lambda: sites.names, board.waiting)
         app = fleet_app(state, own)
         files = folder.server_certificate, folder.server_key
+
+        def on_round(record: RoundRecord) -> None:
+            witness.round_done(record)
+            board.round_done(record)
+
         with (
+            witness.until_the_end(),
             listening(app, config.server.listen, config.server.port, *files),
             every(1.0, sites.refresh),
             showing(board),
@@ -120,7 +131,7 @@ def start(folder: CoordinatorFolder) -> Verdict:
                     grid,
                     config,
                     run,
-                    board.round_done,
+                    on_round,
                     attend=attend,
                     attempts=config.server.attempts,
                 )
