@@ -22,7 +22,7 @@ from common.console import (
     standard_output,
     start_logging,
 )
-from server import running
+from server import audit_commands, running
 
 app = typer.Typer(
     help="What the coordinator runs: make a federation and enrol its hospitals.",
@@ -304,6 +304,7 @@ def privacy_report(
 
 for command in (running.start, running.status, running.stop, running.export):
     app.command()(command)
+app.add_typer(audit_commands.app, name="audit")
 
 
 def _hosts(address: list[str] | None) -> list[str]:
