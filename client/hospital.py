@@ -13,7 +13,7 @@ from pathlib import Path
 
 from client.ledger import LedgerError, anchor_in, create_ledger
 from client.site_config import SiteConfig, load_site_config
-from common.audit_log import EMPTY, AuditLog, append, head
+from common.audit_log import AuditLog, append, head, verified
 from common.config_file import commented
 from common.files import locked, write_text_atomically
 from common.keys import (
@@ -110,7 +110,7 @@ def init_hospital(path: Path, name: str, data: Path) -> HospitalFolder:
         if not folder.private_key.exists():
             save_private_key(folder.private_key, new_private_key())
         _write_public_key(folder, name)
-        if head(folder.audit) == EMPTY:
+        if not verified(folder.audit).entries:  # of a killed attempt
             append(folder.audit, "folder made", {"name": name, "key": _fingerprint(folder)})
         config = SiteConfig(data=data.expanduser().absolute())
         write_text_atomically(folder.config, commented(config))  # last: the folder is finished

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from common.audit_log import EMPTY, AuditLog, append, head
+from common.audit_log import AuditLog, append, head, verified
 from common.code_hash import code_hash
 from common.config import FederationConfig
 from common.config_file import anchored, commented, load_config
@@ -146,7 +146,7 @@ def init_folder(
             make_authority(folder.ca_key, folder.ca_certificate, config.name)
         issue_server_certificate(*_certificate_files(folder), names)
         create_registry(folder.enrolled)
-        if head(folder.audit) == EMPTY:
+        if not verified(folder.audit).entries:  # of a killed attempt
             made = {"name": config.name, "federation": federation_id(folder)}
             append(folder.audit, "folder made", made)
         # last, as it marks the folder as finished; `split` is for simulations

@@ -23,6 +23,7 @@ from typer.testing import CliRunner, Result
 from client import consent, outbound
 from client.cli import app
 from client.site_config import load_site_config
+from common.audit_log import told as told_by
 from common.files import lock_holder, locked
 from common.invitation import Invitation, read_invitation, write_invitation
 from common.keys import fingerprint, new_private_key
@@ -227,6 +228,15 @@ def test_another_authority_is_not_taken_over(accepted, letter, tmp_path, invitat
     accepted.invitation.unlink()  # what the text says
     assert command("join", accepted.path, "--invitation", path).exit_code == 0
     assert runs.begun[0].invited == false
+
+
+def test_an_invitation_that_is_taken_is_in_the_audit_log_once(accepted, letter, invitation, runs):
+    command("join", accepted.path, "--invitation", letter)
+    command("join", accepted.path, "--invitation", letter)
+    (taken,) = told_by(accepted.audit, "invitation taken")
+    assert taken.details["site"] == invitation.site
+    assert taken.details["ca"] == invitation.ca_fingerprint()
+    assert taken.details["terms"] == invitation.terms.hash()
 
 
 def test_a_new_address_or_name_is_taken_over(accepted, letter, tmp_path, invitation, runs):
@@ -443,6 +453,8 @@ def test_who_leaves_is_asked_again(invited, terms, runs):
         assert text in result.stdout
     assert consent.accepted_terms(invited) is None
     assert outbound.departures(invited.audit), "the account stays"
+    kinds = [entry.kind for entry in told_by(invited.audit)]
+    assert kinds[2:] == ["terms accepted", "sent", "terms withdrawn", "left"]
     assert command("join", invited.path).exit_code == 1
     assert not runs.begun
     assert command("leave", invited.path).exit_code == 0
