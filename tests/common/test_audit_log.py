@@ -186,6 +186,20 @@ def test_an_entry_of_somebody_elses_key_shows(log, tmp_path):
     assert forged.number == 5
 
 
+def test_a_number_that_was_left_out_shows_though_its_owner_signed(log):
+    content = filled(log)
+    last = verified(log).head
+    _, line = module._signed(
+        replace(last, number=last.number + 1), "sent", {}, module.load_signing_key(log.key)
+    )
+    said = wrong(log, content + line)
+    assert "bytes at the end are no entry" in said
+    copy = log.path.with_name("copy")
+    copy.write_bytes(content + line)
+    with pytest.raises(LogError, match="entry 5 is missing"):
+        verified_copy(copy)
+
+
 @pytest.mark.parametrize("what", ["shorter", "changed", "gone", "no anchor", "bad anchor"])
 def test_over_a_damaged_end_nothing_is_written(log, what):
     content = filled(log)
