@@ -16,6 +16,7 @@ import yaml
 
 from client.hospital import HospitalFolder
 from client.site_config import PrivacyBudget, SiteConfig
+from common.audit_log import append
 from common.code_hash import code_hash
 from common.config import FederationConfig
 from common.console import many
@@ -53,6 +54,7 @@ def proposed_terms(folder: HospitalFolder) -> Terms | None:
 
 def propose(folder: HospitalFolder, terms: Terms) -> None:
     """Keep changed terms for `fed-client review`."""
+    append(folder.audit, "terms proposed", {"hash": terms.hash()})
     _write(folder.proposed, terms, "proposed_at")
 
 
@@ -63,6 +65,7 @@ def accept(folder: HospitalFolder, terms: Terms, hash_: str) -> None:
 
     Raises:
         NotAccepted: the hash is of other terms, or the code is not the installed one.
+        BadKey, LogError: the audit log cannot be written.
     """
     require_same_code(terms)
     if not is_hash_of(hash_, terms):
@@ -70,6 +73,7 @@ def accept(folder: HospitalFolder, terms: Terms, hash_: str) -> None:
             f"The hash {hash_} is not that of these terms ({terms.hash()}). "
             "They may have changed: read them again with `fed-client review`."
         )
+    append(folder.audit, "terms accepted", {"hash": terms.hash(), "code": terms.code_hash})
     _write(folder.accepted, terms, "accepted_at")
     folder.proposed.unlink(missing_ok=True)
 
@@ -83,6 +87,7 @@ def withdraw(folder: HospitalFolder) -> None:
     """Forget the yes: joining again asks again."""
     folder.accepted.unlink(missing_ok=True)
     folder.proposed.unlink(missing_ok=True)
+    append(folder.audit, "terms withdrawn", {})
 
 
 def require_same_code(terms: Terms) -> None:
@@ -136,6 +141,8 @@ CONSENT SHEET of federation "{c.name}" ({terms.federation}) for {invitation.site
    - this site's name, and the numbers of its {subjects} subjects
 {_numbers(settings.privacy)}
    - the text of an error or refusal, free of paths and data; that the farewell was heard
+   - with every answer, number and hash of the last entry of this site's audit log, and of the last
+     that it has heard of the coordinator's
    - as with any connection: this machine's address, when it is connected, this site's public key,
      the versions of the programs, and the fingerprint of the configuration
   For each round at most 10 updates and 10 sets of means, should connections break; no update for an

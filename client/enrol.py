@@ -90,8 +90,9 @@ def _failing() -> AbstractContextManager[None]:
 
 def _foreseen() -> tuple[type[Exception], ...]:
     from client.hospital import HospitalError
+    from common.audit_log import LogError
     from common.files import AlreadyInUse
     from common.keys import BadKey
     from common.site_names import BadName
 
-    return (AlreadyInUse, BadKey, BadName, HospitalError)
+    return (AlreadyInUse, BadKey, BadName, HospitalError, LogError)

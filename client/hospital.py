@@ -13,10 +13,12 @@ from pathlib import Path
 
 from client.ledger import LedgerError, anchor_in, create_ledger
 from client.site_config import SiteConfig, load_site_config
+from common.audit_log import AuditLog, append, head, verified
 from common.config_file import commented
 from common.files import locked, write_text_atomically
 from common.keys import (
     BadKey,
+    fingerprint,
     load_private_key,
     new_private_key,
     public_line,
@@ -83,9 +85,9 @@ class HospitalFolder:
         return self.path / "status.json"
 
     @property
-    def sent(self) -> Path:
-        """The list of what has left the building."""
-        return self.path / "sent.sqlite"
+    def audit(self) -> AuditLog:
+        """What has happened here, and what has left the building."""
+        return AuditLog(self.path / "audit.log", self.private_key)
 
 
 def init_hospital(path: Path, name: str, data: Path) -> HospitalFolder:
@@ -96,7 +98,7 @@ def init_hospital(path: Path, name: str, data: Path) -> HospitalFolder:
         BadName: `name` cannot be a site's.
         BadKey: a key that is there already cannot be used.
         AlreadyInUse: another process is making it.
-        OSError: a file cannot be written.
+        LogError, OSError: a file cannot be written.
     """
     folder = HospitalFolder(path)
     site_name(name)
@@ -108,6 +110,8 @@ def init_hospital(path: Path, name: str, data: Path) -> HospitalFolder:
         if not folder.private_key.exists():
             save_private_key(folder.private_key, new_private_key())
         _write_public_key(folder, name)
+        if not verified(folder.audit).entries:  # of a killed attempt
+            append(folder.audit, "folder made", {"name": name, "key": _fingerprint(folder)})
         config = SiteConfig(data=data.expanduser().absolute())
         write_text_atomically(folder.config, commented(config))  # last: the folder is finished
         ledger = load_site_config(folder.config).privacy_ledger
@@ -137,7 +141,9 @@ def _refuse_unless_new(folder: HospitalFolder) -> None:
             "to change the settings; for a new key pair: fed-client rotate-key "
             f"{folder.path}"
         )
-    ours = {path.name for path in (folder.private_key, folder.public_key, folder.lock)}
+    log = folder.audit
+    files = folder.private_key, folder.public_key, folder.lock, log.path, log.anchor
+    ours = {path.name for path in files}
     foreign = sorted(name for name in present - ours if not name.startswith("."))
     if foreign:
         raise HospitalError(
@@ -177,12 +183,15 @@ def rotate_key(folder: HospitalFolder) -> Path | None:
         HospitalError: it is no hospital's folder.
         BadKey: the name of the site cannot be read from `site.pub`.
         AlreadyInUse: the client is running.
+        LogError: the audit log is damaged or cannot be written.
         OSError: a file cannot be written.
     """
     if not folder.config.exists():
         raise HospitalError(f"{folder.path} is no hospital's folder.")
     with locked(folder.lock):
         name = read_public_key(folder.public_key).comment
+        head(folder.audit)  # which must be good before anything changes
+        before = _fingerprint(folder)
         old = None
         if folder.private_key.exists():
             old = _unused(folder.private_key, f"old-{datetime.now(UTC):%Y-%m-%d}")
@@ -193,12 +202,17 @@ def rotate_key(folder: HospitalFolder) -> Path | None:
         save_private_key(new, new_private_key())
         new.replace(folder.private_key)
         _write_public_key(folder, name)
+        append(folder.audit, "key rotated", {"old": before, "new": _fingerprint(folder)})
     return old
 
 
 def _write_public_key(folder: HospitalFolder, name: str) -> None:
     key = load_private_key(folder.private_key).public_key()
     write_text_atomically(folder.public_key, public_line(key, name) + "\n")
+
+
+def _fingerprint(folder: HospitalFolder) -> str:
+    return fingerprint(read_public_key(folder.public_key).key)
 
 
 def _unused(path: Path, mark: str) -> Path:

@@ -25,6 +25,7 @@ from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
 from client import consent, outbound
+from client.audit_trail import Trail
 from client.connection import (
     AlreadyConnected,
     Connection,
@@ -39,10 +40,11 @@ from client.hospital import HospitalFolder
 from client.parcel import pack, unpack
 from client.site_config import SiteConfig
 from client.worker_process import Event, Worker
+from common.audit_log import LogError
 from common.code_hash import code_hash
 from common.console import plain
 from common.invitation import Invitation
-from common.keys import load_private_key
+from common.keys import BadKey, load_private_key
 from common.notices import is_farewell, unpack_farewell, unpack_roll_call
 from common.progress import Progress
 from common.records import BadMessage
@@ -57,6 +59,10 @@ LONGEST_VERDICT = 10_000  # characters
 MOST_ANSWERS = 10  # of one kind for one round: retries after lost connections and restarts
 REFUSED_MINUTES = 5.0  # longest wait, once connected, for a refusal to pass: a clock, a proxy
 OCCUPIED_MINUTES = 3.0  # longest wait for another client with this key to go away
+LOG_LOST = (
+    "Restore audit.log and audit.head from the newest backup. If they are lost for good, the two sides "
+    "begin anew with a new key: fed-client rotate-key, and at the coordinator fed-server admit --replace."
+)
 MARGIN_SECONDS = 30.0  # before the deadline, so that the refusal is there in time
 
 
@@ -94,6 +100,7 @@ class Membership:
         self._display = display
         self._stop = threading.Event()
         self._terms = self._accepted()
+        self._trail = Trail(folder.audit)
         self._worker: Worker | None = None
         self._model_bytes = 0
         self._connection: Connection | None = None  # once it has been open
@@ -114,10 +121,26 @@ class Membership:
         Raises:
             JoinFailed, Stopped
         """
+        ended = "failed"
         try:
+            self._trail.begin(
+                site=self._invitation.site,
+                address=self._invitation.address,
+                code=code_hash(),
+                terms=self._terms.hash(),
+            )
             self._prepare()
-            return self._take_part()
+            complete = self._take_part()
+            ended = "complete" if complete else "incomplete"
+            return complete
+        except Stopped:
+            ended = "stopped"
+            raise
+        except (BadKey, LogError) as error:
+            raise JoinFailed(str(error)) from error
         finally:
+            with contextlib.suppress(BadKey, LogError):  # which has been said already
+                self._trail.note("join ended", how=ended)
             if self._worker is not None:
                 self._worker.kill()
 
@@ -159,6 +182,7 @@ class Membership:
             self._display.state("connecting", f"connecting to {self._invitation.address}")
             self._persist(connection.open)
             self._connection = connection
+            self._trail.note("connected", address=self._invitation.address)
             self._display.state("waiting", f"connected to {self._invitation.address}")
             while True:
                 verdict = self._step(connection)
@@ -170,7 +194,7 @@ class Membership:
             if self._task is not None:  # so that nobody waits for it
                 with contextlib.suppress(Exception):
                     reply = self._error(self._task.message, "the site's client was stopped.")
-                    outbound.release(reply, self._folder.sent)
+                    outbound.release(reply, self._folder.audit)
                     connection.send(reply)
             connection.close()
 
@@ -200,10 +224,13 @@ class Membership:
         kind = head.metadata.message_type
         try:
             if reason := self._foreign(connection, head):
-                self._answer(connection, self._error(head, reason))
+                self._refuse(connection, head, reason)
                 return None
             largest = self._model_bytes if kind in (MessageType.TRAIN, MessageType.EVALUATE) else 0
             message = self._persist(lambda: connection.fetch(head, tree, largest))
+            if problem := self._trail.received(message):
+                self._refuse(connection, head, f"{self._invitation.site}: {problem}")
+                raise JoinFailed(f"{problem} {LOG_LOST}")
             if kind == MessageType.QUERY and is_farewell(message.content):
                 return self._farewell(connection, message)
             reason = (
@@ -212,14 +239,14 @@ class Membership:
                 else self._too_often(message)
             )
             if reason:
-                self._answer(connection, self._error(head, reason))
+                self._refuse(connection, message, reason)
                 return None
         except RunOver:
             self._in_vain.setdefault(tree.object_id, False)
             return None
         except (TooLarge, BadMessage) as error:
             LOG.warning(f"refused: {plain(str(error))}")
-            self._answer(connection, self._error(head, str(error)))
+            self._refuse(connection, head, str(error))
             return None
         self._begin(message)
         return None
@@ -239,6 +266,10 @@ class Membership:
             self._address_replies(connection, head, tree)
             self._answer(connection, self._error(head, "its answer was not accepted."))
         return told is not None
+
+    def _refuse(self, connection: Connection, message: Message, reason: str) -> None:
+        self._trail.refused(message, reason)
+        self._answer(connection, self._error(message, reason))
 
     def _begin(self, message: Message) -> None:
         kind = message.metadata.message_type
@@ -285,8 +316,9 @@ class Membership:
         self._display.state("sending")
         if reply.has_error():
             LOG.warning(f"the answer is a refusal: {reply.error.reason}")
+        self._trail.done(task.message, reply, seconds)
         departure = self._answer(connection, reply)
-        left = outbound.in_words(self._folder.sent)
+        left = outbound.in_words(self._folder.audit)
         if departure is not None and round_ is not None and not reply.has_error():
             LOG.info(f"round {round_}: {departure.in_words()} sent, {seconds:.1f} s")
             if departure.kind == outbound.METRICS:  # the last that leaves in a round
@@ -360,7 +392,7 @@ class Membership:
         site, round_ = self._invitation.site, _round(message)
         if round_ is None:
             return self._refusal(f"{site}: the task names no round.")
-        answered = outbound.answered(self._folder.sent, kind, consent.accepted_at(self._folder))
+        answered = outbound.answered(self._folder.audit, kind, consent.accepted_at(self._folder))
         if kind == outbound.UPDATE and round_ < max(answered, default=0):
             return self._refusal(f"{site}: it has trained for later rounds than {round_} already.")
         if answered.get(round_, 0) >= MOST_ANSWERS:
@@ -391,10 +423,12 @@ class Membership:
 
     def _farewell(self, connection: Connection, message: Message) -> bool:
         farewell = unpack_farewell(message.content)
+        self._trail.note("farewell", complete=farewell.complete, verdict=plain(farewell.verdict))
         content = RecordDict({"farewell": ConfigRecord({"received": True})})
         with contextlib.suppress(Unreachable, Refused, RunOver):
             reply = Message(content, reply_to=message)
-            outbound.release(reply, self._folder.sent)
+            self._trail.tell(reply)
+            outbound.release(reply, self._folder.audit)
             connection.send(reply)
         LOG.info(f"the federation is over.\n{farewell.verdict[:LONGEST_VERDICT]}")
         return farewell.complete
@@ -403,8 +437,9 @@ class Membership:
 
     def _answer(self, connection: Connection, reply: Message) -> outbound.Departure | None:
         """Record a reply, send it, and try again until it has arrived or nobody waits for it."""
+        self._trail.tell(reply)
         try:
-            departure = outbound.release(reply, self._folder.sent)
+            departure = outbound.release(reply, self._folder.audit)
             kept = self._persist(lambda: connection.send(reply))
         except RunOver as error:
             LOG.warning(str(error))

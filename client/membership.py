@@ -68,7 +68,7 @@ def join(
                 raise
             finally:
                 print("What has left this building so far:")
-                for line in in_words(hospital.sent):
+                for line in in_words(hospital.audit):
                     print(f"  {line}")
         if not complete:
             raise typer.Exit(1)
@@ -137,10 +137,10 @@ def status(
             "state": told.get("state", "never started") if running else "not running",
             "accepted": accepted.hash() if accepted else None,
             "proposed": proposed.hash() if proposed else None,
-            "left": in_words(hospital.sent),
+            "left": in_words(hospital.audit),
         }
         if as_json:
-            print(json.dumps({**document, "departures": departures(hospital.sent)}, indent=1))
+            print(json.dumps({**document, "departures": departures(hospital.audit)}, indent=1))
         else:
             _print_status(document, hospital)
     if not running:
@@ -158,15 +158,20 @@ def leave(folder: Folder) -> None:
         from client.consent import withdraw
         from client.hospital import HospitalError, load_hospital
         from client.outbound import in_words
+        from common.audit_log import append
         from common.files import ask_to_stop
 
         hospital = load_hospital(folder)
-        withdraw(hospital)
-        if not ask_to_stop(hospital.lock, STOP_SECONDS):
+        try:
+            withdraw(hospital)
+        finally:  # it stops, even if that cannot be recorded
+            stopped = ask_to_stop(hospital.lock, STOP_SECONDS)
+        if not stopped:
             raise HospitalError(f"The client in {folder} did not stop within {STOP_SECONDS:.0f} s.")
+        append(hospital.audit, "left", {})
         print("This site has left. Joining again asks for consent again.")
         print("What has left this building and stays with the coordinator:")
-        for line in in_words(hospital.sent):
+        for line in in_words(hospital.audit):
             print(f"  {line}")
         print("Tell the coordinator, who types: fed-server revoke DIR NAME")
 
@@ -177,6 +182,7 @@ def _invitation(hospital: HospitalFolder, given: Path | None) -> Invitation:
     Raises:
         BadInvitation: there is none, or it is for another key or federation.
     """
+    from common.audit_log import append
     from common.invitation import BadInvitation, read_invitation, write_invitation
     from common.keys import fingerprint, read_public_key
 
@@ -206,6 +212,15 @@ def _invitation(hospital: HospitalFolder, given: Path | None) -> Invitation:
             "command again."
         )
     if invited != known:
+        taken = {
+            "site": invited.site,
+            "federation": invited.federation,
+            "address": invited.address,
+            "ca": invited.ca_fingerprint(),
+            "key": key,
+            "terms": invited.terms.hash(),
+        }
+        append(hospital.audit, "invitation taken", taken)
         write_invitation(hospital.invitation, invited)
     return invited
 
@@ -303,6 +318,7 @@ def _foreseen() -> tuple[type[Exception], ...]:
     from client.hospital import HospitalError
     from client.join import JoinFailed
     from client.outbound import OutboundError
+    from common.audit_log import LogError
     from common.files import AlreadyInUse
     from common.flower import WrongFlower
     from common.invitation import BadInvitation
@@ -316,6 +332,7 @@ def _foreseen() -> tuple[type[Exception], ...]:
         BadTerms,
         HospitalError,
         JoinFailed,
+        LogError,
         NotAccepted,
         OutboundError,
         WrongFlower,

@@ -1,40 +1,36 @@
 """The one way out: every reply passes `release`, which records what it holds before it is sent.
 
-The record (SQLite, in the site's folder) is this site's own account of what has left the building:
-when, for which round, how many tensors, numbers and bytes, the hash of the weights, and every number
-that is not a weight. It is read from the reply itself, not from what the training says it sent.
+The record is the site's audit log (`common.audit_log`), in entries of kind `sent`: when, for which
+round, which tensors, how many numbers and bytes, the hash of the weights, and every number that is not
+a weight. It is read from the reply itself, not from what the training says it sent.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import sqlite3
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, Message
 
+from common.audit_log import AuditLog, LogError, append, told
 from common.console import many
+from common.keys import BadKey
 from common.messages import WITHHELD
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS sent (
-    id INTEGER PRIMARY KEY, at TEXT NOT NULL, kind TEXT NOT NULL, round INTEGER, tensors INTEGER,
-    weights INTEGER, numbers INTEGER, bytes INTEGER NOT NULL, sha256 TEXT, details TEXT NOT NULL
-)
-"""
+SENT = "sent"  # the kind of their entries
 CARD, UPDATE, METRICS, ERROR, OTHER = "card", "update", "metrics", "error", "other"
 
 
 @dataclass(frozen=True)
 class Departure:
-    """What one reply holds. `weights` counts values in tensors, `numbers` all others."""
+    """What one reply holds. `weights` counts values in tensors, whose `names` these are, `numbers`
+    all others."""
 
     kind: str
     round: int | None
@@ -44,6 +40,7 @@ class Departure:
     bytes: int
     sha256: str
     details: dict[str, Any]
+    names: list[str]
 
     def in_words(self) -> str:
         if self.kind == UPDATE:
@@ -60,39 +57,29 @@ class OutboundError(RuntimeError):
     """The record cannot be written, so nothing may leave; the text says what to do."""
 
 
-def release(reply: Message, record: Path) -> Departure:
+def release(reply: Message, record: AuditLog) -> Departure:
     """Record what `reply` holds; only then may it be sent.
 
     Raises:
         OutboundError: the record cannot be written, or the reply not be accounted for.
     """
     departure = inspect(reply)
-    d = departure
-    with _open(record) as database:
-        database.execute(
-            "INSERT INTO sent (at, kind, round, tensors, weights, numbers, bytes, sha256, details)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                datetime.now(UTC).isoformat(timespec="seconds"),
-                d.kind,
-                d.round,
-                d.tensors,
-                d.weights,
-                d.numbers,
-                d.bytes,
-                d.sha256,
-                json.dumps(d.details),
-            ),
-        )
+    _record(departure, record)
     return departure
+
+
+def _record(departure: Departure, record: AuditLog) -> None:
+    with _usable(record):
+        append(record, SENT, asdict(departure))
 
 
 def inspect(reply: Message) -> Departure:
     """What a reply holds, read from the reply itself. Raises OutboundError: that is not possible."""
     if reply.has_error():
         reason = reply.error.reason or ""
-        return Departure(ERROR, None, 0, 0, 0, len(reason.encode()), "", {"reason": reason})
-    tensors = weights = size = 0
+        return Departure(ERROR, None, 0, 0, 0, len(reason.encode()), "", {"reason": reason}, [])
+    weights = size = 0
+    names: list[str] = []
     digest = hashlib.sha256()
     details: dict[str, Any] = {}
     for name, record in reply.content.items():
@@ -100,58 +87,51 @@ def inspect(reply: Message) -> Departure:
             for array in record.values():
                 digest.update(array.data)
                 size += len(array.data)
-                shapes = _shapes(array)
-                tensors, weights = tensors + len(shapes), weights + sum(shapes)
+                sizes = _sizes(array)
+                names += sizes
+                weights += sum(sizes.values())
         else:
             details[name] = {key: _plain(value) for key, value in record.items()}
     numbers = sum(_numbers(value) for values in details.values() for value in values.values())
     size += len(json.dumps(details).encode())
     kind = OTHER
-    if tensors:
+    if names:
         kind = UPDATE
     elif "means" in details:
         kind = METRICS
     elif "card" in details:
         kind = CARD
     round_ = details.get("about", {}).get("round")
-    hash_ = digest.hexdigest() if tensors else ""
-    return Departure(kind, round_, tensors, weights, numbers, size, hash_, details)
+    hash_ = digest.hexdigest() if names else ""
+    return Departure(kind, round_, len(names), weights, numbers, size, hash_, details, names)
 
 
-def answered(record: Path, kind: str, since: str) -> dict[int, int]:
+def answered(record: AuditLog, kind: str, since: str) -> dict[int, int]:
     """Round -> how many replies of this kind were released since then (ISO time, UTC)."""
-    if not record.exists():
-        return {}
-    with _open(record) as database:
-        rows = database.execute(
-            "SELECT round, count(*) FROM sent WHERE kind = ? AND at >= ? AND round IS NOT NULL"
-            " GROUP BY round",
-            (kind, since),
-        ).fetchall()
-    return dict(rows)
+    return Counter(
+        row["round"]
+        for row in departures(record)
+        if row["kind"] == kind and row["at"] >= since and row["round"] is not None
+    )
 
 
-def departures(record: Path) -> list[dict[str, Any]]:
-    """Everything recorded, in order, as plain JSON types."""
-    if not record.exists():
-        return []
-    with _open(record) as database:
-        database.row_factory = sqlite3.Row
-        rows = database.execute("SELECT * FROM sent ORDER BY id").fetchall()
-    return [{**dict(row), "details": json.loads(row["details"])} for row in rows]
+def departures(record: AuditLog) -> list[dict[str, Any]]:
+    """Everything recorded, in order, as plain JSON types; `id` is the number of the log's entry."""
+    with _usable(record):
+        return [
+            {"id": entry.number, "at": entry.at, **entry.details} for entry in told(record, SENT)
+        ]
 
 
-def in_words(record: Path) -> list[str]:
+def in_words(record: AuditLog) -> list[str]:
     """What has left this building so far, a line for each kind."""
-    if not record.exists():
-        return ["nothing"]
-    with _open(record) as database:
-        rows = database.execute(
-            "SELECT CASE WHEN json_extract(details, '$.about.released') = ? THEN ? ELSE kind END AS k,"
-            " count(*), max(tensors), max(weights), sum(numbers), sum(bytes) FROM sent GROUP BY k",
-            (WITHHELD, WITHHELD),
-        ).fetchall()
-    found = {row[0]: row[1:] for row in rows}
+    found: dict[str, tuple[int, int, int, int, int]] = {}
+    for row in departures(record):
+        withheld = row["details"].get("about", {}).get("released") == WITHHELD
+        kind = WITHHELD if withheld else row["kind"]
+        n, tensors, weights, numbers, size = found.get(kind, (0, 0, 0, 0, 0))
+        most = max(tensors, row["tensors"]), max(weights, row["weights"])
+        found[kind] = n + 1, *most, numbers + row["numbers"], size + row["bytes"]
     lines = []
     if CARD in found:
         n, _, _, numbers, size = found[CARD]
@@ -182,15 +162,17 @@ def _size(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
-def _shapes(array: Array) -> list[int]:
-    """Number of values of each tensor in a block of safetensors."""
+def _sizes(array: Array) -> dict[str, int]:
+    """Number of values of each tensor in a block of safetensors, by name."""
     data = array.data
     length = int.from_bytes(data[:8], "little")
     try:
         header = json.loads(data[8 : 8 + length])
-        return [
-            math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"
-        ]
+        return {
+            name: math.prod(tensor["shape"])
+            for name, tensor in header.items()
+            if name != "__metadata__"
+        }
     except (ValueError, AttributeError, LookupError, TypeError) as error:
         raise OutboundError(
             "the reply holds a block that cannot be accounted for, so it is not sent. Please report it."
@@ -203,23 +185,19 @@ def _numbers(value: Any) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN and no bytes."""
+    """JSON has no NaN, no infinity and no bytes."""
     if isinstance(value, list):
         return [_plain(entry) for entry in value]
-    if isinstance(value, float) and value != value:
-        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
     return value.hex() if isinstance(value, bytes) else value
 
 
-@contextlib.contextmanager
-def _open(record: Path) -> Iterator[sqlite3.Connection]:
+@contextmanager
+def _usable(record: AuditLog) -> Iterator[None]:
     try:
-        with contextlib.closing(sqlite3.connect(record, timeout=60)) as database, database:
-            database.execute("PRAGMA synchronous = FULL")
-            database.execute(SCHEMA)
-            yield database
-    except sqlite3.Error as error:
+        yield
+    except (BadKey, LogError) as error:
         raise OutboundError(
-            f"{record}: the record of what leaves cannot be used ({error}), so nothing is sent. "
-            "Free disk space, or restore the file."
+            f"The record of what leaves cannot be used, so nothing is sent. {error}"
         ) from error

@@ -167,7 +167,7 @@ def _gathered(hospital: HospitalFolder) -> _Sources:
         ledger=ledger,
         anchored=known is not None,
         running=lock_holder(hospital.lock) is not None,
-        sent=departures(hospital.sent),
+        sent=departures(hospital.audit),
         warnings=tuple(warnings),
     )
 

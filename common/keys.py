@@ -118,6 +118,24 @@ def load_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
+def load_signing_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """A site's private key, or a server's (PEM).
+
+    Raises:
+        BadKey: it cannot be read, others can read it, or it is no EC key without passphrase.
+    """
+    content = read_private(path)
+    if b"OPENSSH PRIVATE KEY" in content:
+        return load_private_key(path)
+    try:
+        key = serialization.load_pem_private_key(content, password=None)
+    except (TypeError, ValueError, UnsupportedAlgorithm) as error:
+        raise BadKey(f"{path}: is damaged; restore it from a backup.") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise BadKey(f"{path}: must be an EC P-384 key, is another kind.")
+    return key
+
+
 def public_line(key: ec.EllipticCurvePublicKey, comment: str) -> str:
     """The public key as OpenSSH's one line of text, without line break."""
     return f"{_encoded(key)} {comment}".rstrip()
@@ -149,7 +167,7 @@ def parse_public_key(text: str) -> PublicKey:
         )
     try:
         key = serialization.load_ssh_public_key(lines[0].encode())
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except (ValueError, NotImplementedError, UnsupportedAlgorithm) as error:
         raise BadKey("the public key is damaged; copy the file again, unchanged.") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
         raise BadKey("must be an EC P-384 key, is another kind.")

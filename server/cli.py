@@ -22,7 +22,7 @@ from common.console import (
     standard_output,
     start_logging,
 )
-from server import running
+from server import audit_commands, running
 
 app = typer.Typer(
     help="What the coordinator runs: make a federation and enrol its hospitals.",
@@ -130,6 +130,7 @@ def admit(
     """
     start_logging()
     with _failing():
+        from common.audit_log import append
         from common.invitation import write_invitation
         from common.keys import fingerprint, read_public_key, telephone_number
         from server import enrolment
@@ -142,6 +143,8 @@ def admit(
         # first, so that nobody is enrolled who cannot be invited
         answer = invitation(coordinator, name, fingerprint(sent.key))
         site = enrolment.admit(coordinator.enrolled, name, sent.key, replace=replace)
+        admitted = {"site": name, "key": site.fingerprint, "replace": replace}
+        append(coordinator.audit, "admitted", admitted)
         path = out or coordinator.invitation(name)
         if out is None:
             path.parent.mkdir(exist_ok=True)
@@ -230,10 +233,13 @@ def revoke(
     """
     start_logging()
     with _failing():
+        from common.audit_log import append
         from server import enrolment
         from server.coordinator import load_coordinator
 
-        site = enrolment.revoke(load_coordinator(folder).enrolled, name)
+        coordinator = load_coordinator(folder)
+        site = enrolment.revoke(coordinator.enrolled, name)
+        append(coordinator.audit, "revoked", {"site": name, "key": site.fingerprint})
     print(
         f"{name} is revoked since {site.revoked_at}. What it has contributed stays in the model; "
         "`admit` lets it in again."
@@ -311,6 +317,7 @@ def privacy_report(
 
 for command in (running.start, running.status, running.stop, running.export):
     app.command()(command)
+app.add_typer(audit_commands.app, name="audit")
 
 
 def _hosts(address: list[str] | None) -> list[str]:
@@ -349,6 +356,7 @@ def _failing() -> AbstractContextManager[None]:
 
 
 def _foreseen() -> tuple[type[Exception], ...]:
+    from common.audit_log import LogError
     from common.files import AlreadyInUse
     from common.keys import BadKey
     from server.certificates import CertificateError
@@ -356,7 +364,15 @@ def _foreseen() -> tuple[type[Exception], ...]:
     from server.enrolment import EnrolmentError
     from server.history import HistoryError
 
-    return (AlreadyInUse, BadKey, CertificateError, CoordinatorError, EnrolmentError, HistoryError)
+    return (
+        AlreadyInUse,
+        BadKey,
+        CertificateError,
+        CoordinatorError,
+        EnrolmentError,
+        HistoryError,
+        LogError,
+    )
 
 
 def main() -> None:

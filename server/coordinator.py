@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from common.audit_log import AuditLog, append, head, verified
 from common.code_hash import code_hash
 from common.config import FederationConfig
 from common.config_file import anchored, commented, load_config
@@ -64,6 +65,11 @@ class CoordinatorFolder:
     @property
     def server_key(self) -> Path:
         return self.path / "server.key"
+
+    @property
+    def audit(self) -> AuditLog:
+        """What has happened here, signed with the server's key."""
+        return AuditLog(self.path / "audit.log", self.server_key)
 
     @property
     def enrolled(self) -> Path:
@@ -121,7 +127,7 @@ def init_folder(
         CoordinatorError: the folder is finished already, or holds something else; it is untouched.
         CertificateError, BadKey: a host is none, or a key that is there cannot be used.
         AlreadyInUse: another process is making it.
-        OSError: a file cannot be written.
+        LogError, OSError: a file cannot be written.
     """
     folder = CoordinatorFolder(path)
     names = [host_name(host) for host in (config.server.address, *hosts)]
@@ -140,6 +146,9 @@ def init_folder(
             make_authority(folder.ca_key, folder.ca_certificate, config.name)
         issue_server_certificate(*_certificate_files(folder), names)
         create_registry(folder.enrolled)
+        if not verified(folder.audit).entries:  # of a killed attempt
+            made = {"name": config.name, "federation": federation_id(folder)}
+            append(folder.audit, "folder made", made)
         # last, as it marks the folder as finished; `split` is for simulations
         settled = anchored(config, Path.cwd())
         write_text_atomically(folder.config, commented(settled, omit=("split",)))
@@ -160,7 +169,8 @@ def _refuse_unless_new(folder: CoordinatorFolder) -> None:
             f"{folder.path} is a coordinator's folder already and stays as it is. Edit "
             "federation.yaml in it to change the federation, or choose a new folder."
         )
-    ours = {path.name for path in (*folder.needed(), folder.lock)}
+    log = folder.audit
+    ours = {path.name for path in (*folder.needed(), folder.lock, log.path, log.anchor)}
     foreign = sorted(name for name in present - ours if not name.startswith("."))
     if foreign:
         raise CoordinatorError(
@@ -248,11 +258,15 @@ def renew_certificate(folder: CoordinatorFolder, hosts: Iterable[str] = ()) -> C
 
     Raises:
         ConfigError: federation.yaml cannot be used.
-        CertificateError, BadKey, OSError: it cannot be made; the present one stays.
+        CertificateError, BadKey, LogError, OSError: it cannot be made; the present one stays.
     """
     address = load_config(folder.config).server.address
     others = list(hosts) or read_certificate(folder.server_certificate).hosts
-    return renew_server_certificate(*_certificate_files(folder), [address, *others])
+    head(folder.audit)  # which must be good before anything changes
+    renewed = renew_server_certificate(*_certificate_files(folder), [address, *others])
+    until = renewed.not_after.isoformat(timespec="seconds")
+    append(folder.audit, "certificate renewed", {"hosts": list(renewed.hosts), "until": until})
+    return renewed
 
 
 def _certificate_files(folder: CoordinatorFolder) -> tuple[Path, Path, Path, Path]:

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from common.audit_log import append
 from common.files import write_text_atomically
 from common.metrics import SiteMetrics, mean_dice
 from common.weights import load_weights, save_weights
@@ -45,6 +46,7 @@ def export_model(
     Raises:
         CoordinatorError: the federation is not complete, or `out` holds something already.
         BadWeights: the model is damaged.
+        BadKey, LogError: the audit log cannot be written.
     """
     run = RunFolder(folder.run)
     final = None
@@ -108,6 +110,8 @@ def export_model(
     write_text_atomically(out / "model-card.json", json.dumps(card, indent=1, allow_nan=False))
     text = out / "MODEL-CARD.md"
     write_text_atomically(text, _as_text(card))
+    exported = {"round": number, "sha256": card["model_sha256"], "worst_site": worst_site}
+    append(folder.audit, "exported", exported)
     return model, text
 
 

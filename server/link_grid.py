@@ -33,6 +33,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from common.console import plain
+from server.audit_trail import Witness
 from server.gate import MOST_PIECES
 from server.link_state import LinkState
 
@@ -76,13 +77,16 @@ class LinkGrid(Grid):
         return_seconds: float,
         largest_reply: int = LARGEST_REPLY,
         own: set[str] | None = None,
+        witness: Witness | None = None,
     ) -> None:
-        """`largest_reply` in bytes; `own` is given the ids of all objects that are sent."""
+        """`largest_reply` in bytes; `own` is given the ids of all objects that are sent; the
+        `witness` sees every message and reply."""
         self._state = state
         self._run_id = run_id
         self._return_seconds = return_seconds
         self._largest_reply = largest_reply
         self._own = set() if own is None else own
+        self._witness = witness
         self._sent: dict[str, _Sent] = {}
         self._away: dict[str, float] = {}  # since when a site is offline, by this process's clock
         self._looked = 0.0
@@ -149,6 +153,8 @@ class LinkGrid(Grid):
         ids = []
         for message in messages:
             site = sites.get(message.metadata.dst_node_id)
+            if site is not None and self._witness is not None:
+                self._witness.sending(message, site)
             ids.append(self._push(message, site) if site is not None else "")
         return ids
 
@@ -157,6 +163,7 @@ class LinkGrid(Grid):
 
         Raises:
             OSError: the disk is full, so that no reply can come.
+            LogError: as the witness.
         """
         self._state.pieces.check()
         self._look_around()
@@ -164,6 +171,9 @@ class LinkGrid(Grid):
         for message_id in message_ids:
             reply = self._reply(message_id) or self._given_up(message_id)
             if reply is not None:
+                if self._witness is not None:
+                    sent = self._sent[message_id]
+                    self._witness.received(sent.message, sent.site, reply)
                 self._forget(message_id)
                 replies.append(reply)
         return replies

@@ -181,6 +181,7 @@ def _failing() -> AbstractContextManager[None]:
 
 
 def _foreseen() -> tuple[type[Exception], ...]:
+    from common.audit_log import LogError
     from common.files import AlreadyInUse
     from common.flower import WrongFlower
     from common.keys import BadKey
@@ -202,5 +203,6 @@ def _foreseen() -> tuple[type[Exception], ...]:
         EnrolmentError,
         FederationFailed,
         HistoryError,
+        LogError,
         WrongFlower,
     )

@@ -27,13 +27,14 @@ from common.terms import Terms
 from common.wire import encode
 from server import enrolment
 from server.attendance import Attendance, note_terms
+from server.audit_trail import Witness
 from server.background import every
 from server.beginning import beginning
 from server.certificates import read_certificate
 from server.checkpoint import RunFolder
 from server.coordinator import CoordinatorFolder, host_and_port, terms
 from server.exchange import send
-from server.history import History
+from server.history import History, RoundRecord
 from server.link_grid import LinkGrid
 from server.link_state import LinkState, new_link_state
 from server.live import Board, showing
@@ -60,6 +61,7 @@ def start(folder: CoordinatorFolder) -> Verdict:
         AlreadyInUse: another process serves this folder.
         FederationFailed: too few sites, or a round with too few good replies; nothing is lost.
         CannotListen, CertificateError, ConfigError, CoordinatorError, EnrolmentError
+        BadKey, LogError: the audit log was changed, or cannot be written.
         BadWeights, HistoryError: what is needed to continue is damaged.
         OSError: the disk is full or not writable.
         Stopped: by SIGTERM or Ctrl-C.
@@ -87,6 +89,8 @@ def start(folder: CoordinatorFolder) -> Verdict:
                 f"No hospital is enrolled yet: fed-server admit {folder.path} SITE.pub --name NAME"
             )
         _require_roster(stated)
+        witness = Witness(folder.audit)
+        witness.begin(stated, before)
         state = new_link_state(folder.pieces)
         sites = _Enrolled(folder, state, stated)
         run_id = begin_run(state, stated.federation, stated.code_hash)
@@ -97,6 +101,7 @@ def start(folder: CoordinatorFolder) -> Verdict:
             return_seconds=60 * config.server.return_minutes,
             largest_reply=len(encode(initial_weights(config))) + REPLY_OVERHEAD,
             own=own,
+            witness=witness,
         )
         board = Board(
             folder.status,
@@ -112,7 +117,13 @@ def start(folder: CoordinatorFolder) -> Verdict:
         attend = Attendance(grid, stated, lambda: sites.names, board.waiting)
         app = fleet_app(state, own)
         files = folder.server_certificate, folder.server_key
+
+        def on_round(record: RoundRecord) -> None:
+            witness.round_done(record)
+            board.round_done(record)
+
         with (
+            witness.until_the_end(),
             listening(app, config.server.listen, config.server.port, *files),
             every(1.0, sites.refresh),
             showing(board),
@@ -123,7 +134,7 @@ def start(folder: CoordinatorFolder) -> Verdict:
                     grid,
                     config,
                     run,
-                    board.round_done,
+                    on_round,
                     attend=attend,
                     attempts=config.server.attempts,
                 )

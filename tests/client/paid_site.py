@@ -67,7 +67,7 @@ def sent(hospital: HospitalFolder, content: RecordDict) -> None:
     """On record as having left."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     question = Message(content=RecordDict(), message_type="train", dst_node_id=1)
-    outbound.release(Message(content, reply_to=question), hospital.sent)
+    outbound.release(Message(content, reply_to=question), hospital.audit)
 
 
 def send_update(hospital: HospitalFolder, site: Site, text: str, loss: float | None = None) -> None:

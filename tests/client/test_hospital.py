@@ -19,9 +19,10 @@ from client.hospital import (
 )
 from client.ledger import anchor_in
 from client.site_config import SiteConfig, load_site_config
+from common.audit_log import LogError, verified
 from common.config_file import ConfigError
 from common.files import AlreadyInUse, locked
-from common.keys import BadKey, load_private_key, read_public_key
+from common.keys import BadKey, fingerprint, load_private_key, read_public_key
 from common.site_names import BadName
 
 ROOT = Path(__file__).parents[2]
@@ -94,7 +95,7 @@ init_hospital(Path(sys.argv[1]), "First", Path("/"))
 """
 
 
-@pytest.mark.parametrize("written", range(3))
+@pytest.mark.parametrize("written", range(5))
 def test_kill_9_after_any_file_and_init_again_keeps_the_key(tmp_path, written):
     path = tmp_path / "fed"
     killed = subprocess.run([sys.executable, "-c", KILLED, str(path), str(written)])
@@ -107,6 +108,22 @@ def test_kill_9_after_any_file_and_init_again_keeps_the_key(tmp_path, written):
     load_hospital(path)
     assert read_public_key(HospitalFolder(path).public_key).comment == "Oslo"
     assert before is None or key.read_bytes() == before
+    kinds = [entry.kind for entry in verified(HospitalFolder(path).audit).entries]
+    assert kinds == ["key", "folder made"], "once"
+
+
+def test_a_new_key_is_in_the_audit_log_and_over_a_changed_one_none_is_made(tmp_path):
+    folder = init_hospital(tmp_path / "fed", "Oslo", tmp_path)
+    first = fingerprint(read_public_key(folder.public_key).key)
+    rotate_key(folder)
+    second = fingerprint(read_public_key(folder.public_key).key)
+    *_, introduced, rotated = verified(folder.audit).entries
+    assert (introduced.kind, introduced.details["fingerprint"]) == ("key", second)
+    assert (rotated.kind, rotated.details) == ("key rotated", {"old": first, "new": second})
+    folder.audit.path.write_bytes(folder.audit.path.read_bytes()[:-9])
+    with pytest.raises(LogError, match="its end is missing"):
+        rotate_key(folder)
+    assert fingerprint(read_public_key(folder.public_key).key) == second
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path):

@@ -7,6 +7,7 @@ the scripted connection looks.
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import logging
 import os
@@ -47,6 +48,8 @@ from client.join import JoinFailed, Membership, Stopped, stopping
 from client.parcel import pack, unpack
 from client.site_config import load_site_config
 from client.worker_process import Event
+from common.audit_heads import Heads, attach_heads, attached_heads
+from common.audit_log import EMPTY, Head, append, told, verified
 from common.messages import STYPE
 from common.notices import Farewell, pack_farewell, pack_roll_call
 from common.terms import Terms
@@ -110,7 +113,7 @@ class Coordinator:
 
     def send(self, reply: Message) -> bool:
         """Looks first whether exactly this has been recorded."""
-        recorded = outbound.departures(self.folder.sent)[-1]
+        recorded = outbound.departures(self.folder.audit)[-1]
         expected = vars(outbound.inspect(reply))
         assert {key: recorded[key] for key in expected} == expected
         if self.send_errors:
@@ -303,7 +306,7 @@ def test_it_prepares_connects_answers_and_says_goodbye(stage, caplog):
     assert stage.coordinator.asked == [0, MODEL_BYTES, 0], "no weights where none belong"
     assert len(stage.workers.made) == 1, "the process stays warm"
     assert stage.workers.living == 0
-    kinds = [row["kind"] for row in outbound.departures(stage.folder.sent)]
+    kinds = [row["kind"] for row in outbound.departures(stage.folder.audit)]
     assert kinds == ["card", "card", "other"]
     text = said(caplog)
     assert "12 training, 5 held out, 1 left out, 0 warnings" in text
@@ -734,7 +737,7 @@ def test_a_refusal_that_is_not_taken_is_not_said_without_end(stage):
     task = stage.message(kind=MessageType.TRAIN, run=77)
     assert stage.play(*[task] * 20) is True
     assert len(stage.coordinator.reasons) == 2, "the refusal, and that it was not accepted"
-    assert len(outbound.departures(stage.folder.sent)) == 3, "and the farewell"
+    assert len(outbound.departures(stage.folder.audit)) == 3, "and the farewell"
 
 
 def test_a_refusal_at_the_door_is_the_end(stage):
@@ -788,14 +791,14 @@ def test_what_the_worker_says_meanwhile_is_not_lost(stage):
     assert stage.workers.made[0]._events == [], "heard while nobody was there, or it would be stuck"
     (reply,) = stage.answers
     assert reply.content["card"]["to"] == task.metadata.message_id
-    assert [row["kind"] for row in outbound.departures(stage.folder.sent)] == ["card", "other"]
+    assert [row["kind"] for row in outbound.departures(stage.folder.audit)] == ["card", "other"]
 
 
 def test_an_answer_is_sent_again_until_it_has_arrived_and_recorded_once(stage):
     stage.coordinator.send_errors = [Unreachable("cut")] * 3
     assert stage.play(stage.message(), stage.until_answered()) is True
     assert len(stage.answers) == 1
-    assert [row["kind"] for row in outbound.departures(stage.folder.sent)] == ["card", "other"]
+    assert [row["kind"] for row in outbound.departures(stage.folder.audit)] == ["card", "other"]
 
 
 def test_an_answer_to_a_run_that_is_over_is_let_go(stage):
@@ -809,26 +812,150 @@ def test_an_answer_to_a_run_that_is_over_is_let_go(stage):
 
 
 def test_without_the_record_nothing_leaves(stage):
-    stage.folder.sent.write_bytes(b"not a database" * 100)
-    with pytest.raises(JoinFailed, match="so nothing is sent"):
+    stage.folder.audit.path.write_bytes(b"not a log" * 100)
+    with pytest.raises(JoinFailed, match="tampered with or damaged: entry 1 "):
         stage.play(stage.message(), stage.until_answered())
+    assert stage.coordinator.did == [], "not even a connection"
+    assert stage.workers.living == 0
+
+
+@pytest.mark.parametrize("what", ["answer", "refusal", "farewell", "last word"])
+def test_once_the_record_cannot_be_written_nothing_leaves_any_more(stage, what):
+    def spoil() -> None:
+        stage.folder.audit.path.write_bytes(b"not a log")
+
+    if what == "last word":
+        stage.workers.answer = silent
+        script = [stage.message(), None, spoil, stage.membership.stop]
+    elif what == "answer":
+        task = stage.message()
+        stage.workers.answer = lambda message: [spoil(), *answered(message)][1:]
+        script = [task, stage.until_answered()]
+    else:
+        script = [spoil, *([stage.message(RecordDict())] if what == "refusal" else [])]
+    with pytest.raises(Stopped if what == "last word" else JoinFailed):
+        stage.play(*script)
     assert stage.coordinator.sent == []
     assert stage.coordinator.did[-1] == "close"
     assert stage.workers.living == 0
 
 
-def test_without_the_record_no_refusal_and_no_farewell_leaves_either(stage):
-    stage.folder.sent.mkdir()
-    bad = stage.message(RecordDict())
-    with pytest.raises(JoinFailed, match="so nothing is sent"):
-        stage.play(bad)
-    with pytest.raises(outbound.OutboundError):
-        stage.play()
-    stage.workers.answer = silent
-    stage.coordinator.script = [stage.message(), None, lambda: stage.membership.stop()]
-    with pytest.raises(Stopped):
-        stage.membership.run()
-    assert stage.coordinator.sent == []
+# ------------------------------------------------------------------------------ the audit trail
+
+
+def trail(stage: Stage, *kinds: str) -> list[dict[str, Any]]:
+    return [{**e.details, "kind": e.kind} for e in told(stage.folder.audit, *kinds)]
+
+
+def with_heads(message: Message, mine: Head, yours: Head = EMPTY) -> Message:
+    attach_heads(message.content, Heads(mine, yours))
+    return message
+
+
+def one(number: int, digit: str = "a") -> Head:
+    return Head(number, digit * 64)
+
+
+def test_every_event_is_an_entry(stage):
+    block = Array("uint8", (3,), STYPE, b"abc")
+    content = RecordDict(
+        {"about": ConfigRecord({"round": 4}), "weights": ArrayRecord({"weights": block})}
+    )
+    train = stage.message(content, MessageType.TRAIN)
+    foreign = stage.message(run=FOREIGN)
+    done = stage.until_answered
+    stage.play(stage.message(), done(1), train, done(2), foreign)
+    entries = trail(stage)
+    assert [entry["kind"] for entry in entries] == [
+        *("key", "folder made", "terms accepted", "join begun", "connected"),
+        *("task received", "answered", "sent"),
+        *("task received", "trained", "sent"),
+        *("refused", "sent"),
+        *("task received", "farewell", "sent", "join ended"),
+    ]
+    begun, received = entries[3], entries[8]
+    assert (begun["site"], begun["terms"]) == ("Oslo", stage.terms.hash())
+    assert (received["task"], received["round"], received["bytes"]) == ("train", 4, 3)
+    assert received["sha256"] == hashlib.sha256(b"abc").hexdigest()
+    assert entries[9]["round"] == 4
+    assert "another federation" in entries[11]["why"]
+    assert entries[-1]["how"] == "complete"
+    assert verified(stage.folder.audit).unfinished == 0
+
+
+def test_heads_are_exchanged_and_written_down(stage):
+    """Each reply tells the entry before its own, and the last that was heard."""
+    first = with_heads(stage.message(), one(7))
+    second = with_heads(stage.message(), one(9, "b"), one(0, "0"))
+    done = stage.until_answered
+    stage.play(first, done(1), second, done(2))
+    numbers = {entry.number: entry for entry in verified(stage.folder.audit).entries}
+    sent = [entry for entry in numbers.values() if entry.kind == "sent"]
+    for reply, entry, heard in zip(
+        stage.coordinator.sent, sent, (one(7), one(9, "b"), one(9, "b")), strict=True
+    ):
+        heads = attached_heads(reply.content)
+        assert heads == Heads(numbers[entry.number - 1].head, heard)
+        assert entry.details["details"]["audit"]["number"] == entry.number - 1
+    told_ = [
+        entry["heard"]["number"] for entry in trail(stage, "task received") if "heard" in entry
+    ]
+    assert told_ == [7, 9]
+
+
+def test_what_the_coordinator_remembers_must_be_in_the_log(stage):
+    known = verified(stage.folder.audit).head
+    done = stage.until_answered
+    good = with_heads(stage.message(), one(7), known)
+    bad = with_heads(stage.message(), one(8), Head(known.number, "c" * 64))
+    with pytest.raises(JoinFailed, match=r"remembers entry 3 .* not in it"):
+        stage.play(good, done(1), bad)
+    assert [len(stage.coordinator.sent), len(stage.coordinator.reasons)] == [2, 1]
+    assert "cut off, rewritten" in stage.coordinator.reasons[0]
+    assert trail(stage, "problem")
+    assert stage.coordinator.did[-1] == "close"
+
+
+def test_a_log_that_was_cut_off_together_with_its_anchor_is_noticed(stage):
+    log = stage.folder.audit
+    known = verified(log).head
+    before = log.path.read_bytes(), log.anchor.read_bytes()
+    for _ in range(3):
+        known = append(log, "sent", {}).head
+    log.path.write_bytes(before[0])
+    log.anchor.write_bytes(before[1])
+    with pytest.raises(JoinFailed, match=rf"remembers entry {known.number} "):
+        stage.play(with_heads(stage.message(), one(8), known))
+
+
+@pytest.mark.parametrize("then", [one(6), one(7, "d"), None], ids=["back", "other", "silent"])
+def test_a_coordinator_whose_log_goes_back_is_named_and_that_is_an_entry(stage, caplog, then):
+    done = stage.until_answered
+    second = stage.message()
+    if then is not None:
+        with_heads(second, then)
+    stage.play(with_heads(stage.message(), one(7)), done(1), second, done(2))
+    assert "the coordinator " in (said_ := trail(stage, "problem")[0]["what"])
+    assert said_ in said(caplog)
+
+
+def test_the_coordinators_head_is_remembered_over_a_restart(stage, caplog, invitation):
+    stage.play(with_heads(stage.message(), one(7)), stage.until_answered())
+    settings = load_site_config(stage.folder.config)
+    stage.membership = Membership(
+        stage.folder, settings, invitation, Display(stage.status, site="Oslo")
+    )
+    stage.play(with_heads(stage.message(), one(5)))
+    assert "5 entries, and it had 7" in said(caplog)
+
+
+def test_heads_of_another_form_are_refused(stage):
+    strange = stage.message()
+    strange.content["audit"] = ConfigRecord({"number": -1, "hash": "x"})
+    stage.play(strange)
+    assert "audit log has an impossible value" in stage.coordinator.reasons[0] or (
+        "heard_number" in stage.coordinator.reasons[0]
+    )
 
 
 NETWORK = {  # what can open a connection or hand something to another program
@@ -903,7 +1030,7 @@ def test_whatever_is_sent_was_released_in_the_lines_above():
             if name == "release":
                 assert isinstance(call.func, ast.Attribute)
                 assert ast.unparse(call.func.value) == "outbound"
-                assert ast.unparse(call.args[1]) == "self._folder.sent"
+                assert ast.unparse(call.args[1]) == "self._folder.audit"
                 released.add(ast.unparse(call.args[0]))
             if name == "send":
                 sends += 1

@@ -23,6 +23,7 @@ from typer.testing import CliRunner, Result
 from client import consent, outbound
 from client.cli import app
 from client.site_config import load_site_config
+from common.audit_log import told as told_by
 from common.files import lock_holder, locked
 from common.invitation import Invitation, read_invitation, write_invitation
 from common.keys import fingerprint, new_private_key
@@ -75,7 +76,7 @@ def letter(tmp_path, invitation) -> Path:
 
 def is_unchanged(hospital) -> bool:
     names = {path.name for path in hospital.path.iterdir()}
-    return not names & {"accepted.json", "proposed.json", "sent.sqlite", "status.json"}
+    return not names & {"accepted.json", "proposed.json", "status.json"}
 
 
 # ------------------------------------------------------------------------------------------ join
@@ -229,6 +230,15 @@ def test_another_authority_is_not_taken_over(accepted, letter, tmp_path, invitat
     assert runs.begun[0].invited == false
 
 
+def test_an_invitation_that_is_taken_is_in_the_audit_log_once(accepted, letter, invitation, runs):
+    command("join", accepted.path, "--invitation", letter)
+    command("join", accepted.path, "--invitation", letter)
+    (taken,) = told_by(accepted.audit, "invitation taken")
+    assert taken.details["site"] == invitation.site
+    assert taken.details["ca"] == invitation.ca_fingerprint()
+    assert taken.details["terms"] == invitation.terms.hash()
+
+
 def test_a_new_address_or_name_is_taken_over(accepted, letter, tmp_path, invitation, runs):
     command("join", accepted.path, "--invitation", letter)
     moved = replace(invitation, address="new.example.org:8443", site="Oslo-2")
@@ -366,7 +376,7 @@ def test_on_a_terminal_a_person_says_yes(invited, terms, answer, code, said):
 def sent(hospital) -> None:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     asked = Message(RecordDict(), 2, "train")
-    outbound.release(Message(Error(code=2, reason="no Gd"), reply_to=asked), hospital.sent)
+    outbound.release(Message(Error(code=2, reason="no Gd"), reply_to=asked), hospital.audit)
 
 
 def told(hospital) -> tuple[int, dict[str, Any]]:
@@ -442,7 +452,9 @@ def test_who_leaves_is_asked_again(invited, terms, runs):
     for text in ("This site has left", "1 error text", "fed-server revoke DIR NAME"):
         assert text in result.stdout
     assert consent.accepted_terms(invited) is None
-    assert outbound.departures(invited.sent), "the account stays"
+    assert outbound.departures(invited.audit), "the account stays"
+    kinds = [entry.kind for entry in told_by(invited.audit)]
+    assert kinds[2:] == ["terms accepted", "sent", "terms withdrawn", "left"]
     assert command("join", invited.path).exit_code == 1
     assert not runs.begun
     assert command("leave", invited.path).exit_code == 0

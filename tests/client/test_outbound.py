@@ -7,9 +7,8 @@ import hashlib
 import json
 import math
 import resource
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import astuple
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +20,8 @@ from flwr.app.error import Error
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.outbound import OutboundError, departures, in_words, inspect, release
+from common.audit_log import AuditLog, append, told
+from common.keys import new_private_key, save_private_key
 from common.messages import (
     WITHHELD,
     SiteCard,
@@ -40,6 +41,12 @@ def weights(scale: float = 1.0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     made = {name: scale * torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
     return made | {"norm.count": torch.tensor(7)}
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> AuditLog:
+    save_private_key(tmp_path / "site.key", new_private_key())
+    return AuditLog(tmp_path / "audit.log", tmp_path / "site.key")
 
 
 def values() -> int:
@@ -90,6 +97,7 @@ def test_an_update_is_counted_tensor_by_tensor(change):
     assert counted.sha256 == hashlib.sha256(array.data).hexdigest()
     assert counted.details == about
     assert counted.details["about"]["loss"] == 0.5
+    assert sorted(counted.names) == sorted(SHAPES)
 
 
 def test_a_card_a_report_and_an_error_are_counted():
@@ -130,24 +138,22 @@ def test_whatever_else_is_in_a_reply_is_told_too():
     assert inspect(reply(both)).kind == "update", "weights are never told as anything less"
 
 
-def test_weights_in_no_known_form_do_not_leave(tmp_path):
+def test_weights_in_no_known_form_do_not_leave(record):
     """They could not be accounted for."""
     for data in (b"", b"short", b"\x05\x00\x00\x00\x00\x00\x00\x00[1,2]", b"\xff" * 40):
         array = Array("uint8", (len(data),), "raw", data)
         spoilt = reply(RecordDict({"weights": ArrayRecord({"weights": array})}))
         with pytest.raises(OutboundError, match="cannot be accounted for"):
-            release(spoilt, tmp_path / "sent.sqlite")
-    assert departures(tmp_path / "sent.sqlite") == []
+            release(spoilt, record)
+    assert departures(record) == []
 
 
-def test_an_undefined_mean_is_kept_as_none(tmp_path):
-    record = tmp_path / "sent.sqlite"
+def test_an_undefined_mean_is_kept_as_none(record):
     content = report(**{"loss": 0.5, "hd95/ET": math.nan})
     release(reply(content), record)
     (kept,) = departures(record)
     assert kept["details"]["means"] == {"loss": 0.5, "hd95/ET": None}
-    with closing(sqlite3.connect(record)) as database:
-        (text,) = database.execute("SELECT details FROM sent").fetchone()
+    text = record.path.read_text().splitlines()[-1]
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert kept["numbers"] == 2 + 1 + 3, "what is undefined is no number"
 
@@ -155,13 +161,12 @@ def test_an_undefined_mean_is_kept_as_none(tmp_path):
 # --------------------------------------------------------------------------------- the record
 
 
-def test_the_record_holds_every_departure_in_order(tmp_path):
-    record = tmp_path / "sent.sqlite"
+def test_the_record_holds_every_departure_in_order(record):
     begin = datetime.now(UTC).replace(microsecond=0)
     contents = [pack_site_card(CARD), update(1), report(loss=0.5), update(2), Error(2, "no Gd")]
     released = [release(reply(content), record) for content in contents]
     kept = departures(record)
-    assert [row["id"] for row in kept] == [1, 2, 3, 4, 5]
+    assert [row["id"] for row in kept] == [2, 3, 4, 5, 6], "after the key"
     assert [row["kind"] for row in kept] == ["card", "update", "metrics", "update", "error"]
     for row, departure in zip(kept, released, strict=True):
         assert begin <= datetime.fromisoformat(row["at"]) <= datetime.now(UTC)
@@ -169,11 +174,10 @@ def test_the_record_holds_every_departure_in_order(tmp_path):
     json.dumps(kept, allow_nan=False)
 
 
-def test_in_words_adds_up(tmp_path):
-    record = tmp_path / "sent.sqlite"
+def test_in_words_adds_up(record):
     assert in_words(record) == ["nothing"]
     assert departures(record) == []
-    assert not record.exists(), "looking leaves nothing behind"
+    assert not record.path.exists(), "looking leaves nothing behind"
     released = release(reply(pack_site_card(CARD)), record)
     assert in_words(record) == ["1 site card (name and numbers of subjects; 4 numbers)"]
     sizes = [release(reply(update(n)), record).bytes for n in (1, 2, 3)]
@@ -193,8 +197,7 @@ def test_in_words_adds_up(tmp_path):
     assert released.kind == "card"
 
 
-def test_withheld_metrics_are_not_called_metrics(tmp_path):
-    record = tmp_path / "sent.sqlite"
+def test_withheld_metrics_are_not_called_metrics(record):
     withheld = pack_site_report(SiteReport("Oslo", 1, SiteMetrics(6, {}, {}), released=WITHHELD))
     released = release(reply(withheld), record)
     assert released.in_words().startswith("number of subjects and privacy statement, metrics with")
@@ -204,24 +207,28 @@ def test_withheld_metrics_are_not_called_metrics(tmp_path):
     assert metrics.startswith("1 set of mean metrics (")
 
 
-def test_large_amounts_are_told_in_megabytes(tmp_path):
-    record = tmp_path / "sent.sqlite"
-    release(reply(update()), record)
-    with closing(sqlite3.connect(record)) as database, database:
-        database.execute("UPDATE sent SET bytes = 41943040, weights = 10485760")
+def test_large_amounts_are_told_in_megabytes(record):
+    released = release(reply(update()), record)
+    large = vars(released) | {"bytes": 41_943_040, "weights": 10_485_760}
+    append(record, "sent", large)
     assert in_words(record) == [
-        "1 model update (4 tensors of 10,485,760 numbers each time, 5 other numbers, 41.9 MB in all)"
+        "2 model updates (4 tensors of 10,485,760 numbers each time, 10 other numbers, 41.9 MB in all)"
     ]
+
+
+def test_an_infinite_number_is_kept(record):
+    release(reply(update(loss=math.inf)), record)
+    assert departures(record)[0]["details"]["about"]["loss"] == "inf"
 
 
 # --------------------------------------------------------------------- it cannot be written
 
 
-def not_released(record: Path) -> str:
+def not_released(record: AuditLog) -> str:
     with pytest.raises(OutboundError) as caught:
         release(reply(update()), record)
     text = str(caught.value)
-    assert str(record) in text
+    assert str(record.path) in text
     assert "so nothing is sent" in text
     return text
 
@@ -237,8 +244,7 @@ def full_disk(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_on_a_full_disk_nothing_is_released(tmp_path):
-    record = tmp_path / "sent.sqlite"
+def test_on_a_full_disk_nothing_is_released(record):
     with full_disk(0):
         not_released(record)
     released = 0
@@ -254,25 +260,29 @@ def test_on_a_full_disk_nothing_is_released(tmp_path):
     assert len(departures(record)) == released + 1
 
 
-def test_a_damaged_or_foreign_record_is_not_replaced(tmp_path):
-    record = tmp_path / "sent.sqlite"
-    record.write_bytes(b"not a database at all" * 100)
-    before = record.read_bytes()
+def test_a_damaged_or_foreign_record_is_not_replaced(record, tmp_path):
+    record.path.write_bytes(b"not a log at all\n" * 100)
+    before = record.path.read_bytes()
     not_released(record)
     with pytest.raises(OutboundError):
         in_words(record)
-    assert record.read_bytes() == before
-    not_released(tmp_path / "gone" / "sent.sqlite")
-    (tmp_path / "folder").mkdir()
-    not_released(tmp_path / "folder")
+    assert record.path.read_bytes() == before
+    not_released(AuditLog(tmp_path / "gone" / "audit.log", record.key))
+    (tmp_path / "folder.log").mkdir()
+    not_released(AuditLog(tmp_path / "folder.log", record.key))
 
 
-def test_a_record_that_may_only_be_read_releases_nothing(tmp_path):
-    record = tmp_path / "sent.sqlite"
+def test_a_record_that_was_cut_off_releases_nothing(record):
     release(reply(pack_site_card(CARD)), record)
-    content = bytearray(record.read_bytes())
-    content[18] = 3  # SQLite's mark of a file that this version may only read; root heeds no chmod
-    record.write_bytes(content)
-    assert "readonly" in not_released(record)
-    assert len(departures(record)) == 1
-    assert in_words(record) == ["1 site card (name and numbers of subjects; 4 numbers)"]
+    release(reply(update()), record)
+    content = record.path.read_bytes()
+    record.path.write_bytes(content[: content.rindex(b"\n", 0, -1) + 1])
+    assert "its end is missing" in not_released(record)
+    assert [entry.kind for entry in told(record)] == ["key", "sent"]
+
+
+def test_without_the_key_nothing_is_released(record):
+    release(reply(pack_site_card(CARD)), record)
+    record.key.unlink()
+    with pytest.raises(OutboundError, match="private key cannot be read"):
+        release(reply(update()), record)

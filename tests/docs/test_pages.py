@@ -291,9 +291,11 @@ def rounds_done(coordinator: Person) -> int:
 
 def sent(hospital: Person) -> list[str]:
     """The kinds of everything that has left this hospital."""
+    from client.hospital import HospitalFolder
     from client.outbound import departures
 
-    return [departure["kind"] for departure in departures(hospital.path(SITE) / "sent.sqlite")]
+    record = HospitalFolder(hospital.path(SITE)).audit
+    return [departure["kind"] for departure in departures(record)]
 
 
 @pytest.mark.slow
@@ -508,6 +510,7 @@ def test_the_pages_name_files_settings_and_folders_that_exist(name):
         folder = HospitalFolder(Path())
         names = [name for name, of in vars(HospitalFolder).items() if isinstance(of, property)]
         known = {str(getattr(folder, name)) for name in names}
+        known |= {str(folder.audit.path), str(folder.audit.anchor)}
         listed = text.split("## Where it lies")[1].split("|")[0]
         for entry in re.findall(r"`([\w.]+)/?`", listed):
             assert entry in known, entry

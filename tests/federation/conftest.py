@@ -252,7 +252,7 @@ class Federation:
 
     def left(self, site: str, kind: str = "") -> list[dict[str, Any]]:
         """What has left the hospital by its own record."""
-        rows = departures(self.hospitals[site].sent)
+        rows = departures(self.hospitals[site].audit)
         return [row for row in rows if kind in ("", row["kind"])]
 
     def workers(self, site: str) -> list[int]:

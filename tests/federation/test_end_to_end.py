@@ -14,6 +14,7 @@ import nibabel
 import pytest
 
 from client.hospital import HospitalFolder
+from common.audit_log import told
 
 pytestmark = pytest.mark.slow
 SITES = "site-01", "site-06", "site-13"
@@ -131,9 +132,30 @@ def test_what_hospitals_say_has_left_is_what_the_server_got(finished):
         assert f.left(site, "error") == []
         # a roll call and the farewell: nothing else has left
         assert {row["kind"] for row in f.left(site)} == {"card", "update", "metrics", "other"}
-        assert [row["details"] for row in f.left(site, "other")] == [
-            {"farewell": {"received": True}}
-        ]
+        (farewell,) = f.left(site, "other")
+        assert farewell["details"]["farewell"] == {"received": True}
+        assert farewell["details"].keys() == {"farewell", "audit"}
+
+
+def test_the_audit_logs_of_both_sides_fit_together(finished):
+    f = finished.federation
+    server = f.coordinator
+    for site in SITES:
+        hospital = f.hospitals[site]
+        other = "--against", str(server.audit.path)
+        f.typed("fed-client", "audit", "verify", str(hospital.path), *other)
+        other = "--against", str(hospital.audit.path)
+        f.typed("fed-server", "audit", "verify", str(server.path), *other)
+        sent = [e.details["sha256"] for e in told(hospital.audit, "sent") if e.details["tensors"]]
+        got = [e.details for e in told(server.audit, "reply received")]
+        assert sent == [d["sha256"] for d in got if d["site"] == site and d["sha256"]]
+        given = [e.details for e in told(server.audit, "task sent")]
+        taken = [e.details["sha256"] for e in told(hospital.audit, "task received")]
+        assert [d["sha256"] for d in given if d["site"] == site] == taken
+    recorded = [e.details["sha256"] for e in told(server.audit, "round recorded")]
+    assert recorded == [record["sha256"] for record in f.results()["rounds"]]
+    assert not list(told(server.audit, "problem", "repaired"))
+    assert [e.kind for e in told(server.audit)][-1] == "finished"
 
 
 def test_the_verdict_is_told_to_everybody(finished):

@@ -100,8 +100,8 @@ def story(new_federation, small_disk, tmp_path_factory):
 def test_a_hospital_s_full_disk_is_named_and_nothing_leaves_unrecorded(story):
     f = story.federation
     story.first_client.fails_saying(
-        f"{f.hospitals[HOSPITAL].sent}: the record of what leaves cannot be used",
-        "so nothing is sent. Free disk space",
+        f"{f.hospitals[HOSPITAL].audit.path}: the audit log cannot be written",
+        "Free disk space",
     )
     updates = f.left(HOSPITAL, "update")
     assert [row["round"] for row in updates][:2] == [1, 2]

@@ -50,7 +50,7 @@ def story(new_federation, scans, cohort_cache):
     pause.until_held("train-2")
     s.said["same folder"] = f.join(STEADY)
     copied = f.hospitals[COPY] = HospitalFolder(f.path / COPY)
-    without = shutil.ignore_patterns("sent.sqlite")  # to see what leaves from there
+    without = shutil.ignore_patterns("audit.*")  # to see what leaves from there
     shutil.copytree(f.hospitals[STEADY].path, copied.path, ignore=without)
     settings = copied.config.read_text().replace("patience_hours: 24.0", "patience_hours: 0.001")
     copied.config.write_text(settings)

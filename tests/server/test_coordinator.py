@@ -90,7 +90,7 @@ init_folder(Path(sys.argv[1]), load_config(assign=["name=first"]), ["first.org"]
 """
 
 
-@pytest.mark.parametrize("written", range(6))
+@pytest.mark.parametrize("written", range(8))
 def test_kill_9_after_any_file_and_init_again_keeps_every_key(tmp_path, written):
     path = tmp_path / "study"
     killed = subprocess.run([sys.executable, "-c", KILLED, str(path), str(written)])

@@ -1,0 +1,151 @@
+"""`fed-client audit` as typed: what is shown, exported, and said of a log that was changed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+
+import pytest
+from flwr.app import Message, RecordDict
+from flwr.app.error import Error
+from flwr.supercore.task_identity import TaskIdentity
+from typer.testing import CliRunner, Result
+
+from client import outbound
+from client.cli import app
+from client.hospital import rotate_key
+from common.audit_log import append, told
+from common.keys import fingerprint, read_public_key
+from server.cli import app as server_app
+from server.coordinator import init_folder
+
+pytestmark = pytest.mark.usefixtures("undisturbed_log")
+
+
+@pytest.fixture
+def oslo(accepted):
+    """With something that has left."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    asked = Message(RecordDict(), 2, "train")
+    outbound.release(Message(Error(code=2, reason="no, ähm: Gd"), reply_to=asked), accepted.audit)
+    return accepted
+
+
+def command(*arguments: object, program=app) -> Result:
+    result = CliRunner().invoke(program, ["audit", *(str(argument) for argument in arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_a_good_log_is_verified_and_the_key_named(oslo):
+    result = command("verify", oslo.path)
+    assert result.exit_code == 0
+    assert "4 entries" in result.output
+    key = fingerprint(read_public_key(oslo.public_key).key)
+    assert f"signed by   {key} from entry 1 on" in result.output
+    assert "Every byte is as it was written." in result.output
+    document = json.loads(command("verify", oslo.path, "--json").stdout)
+    assert document["good"] is True
+    assert document["entries"] == 4
+    assert document["keys"] == [{"fingerprint": key, "from_entry": 1}]
+    assert document["wrong"] == document["warnings"] == []
+
+
+def test_a_changed_log_fails_and_the_entry_is_named(oslo):
+    content = oslo.audit.path.read_bytes()
+    oslo.audit.path.write_bytes(content.replace(b"no, ", b"No, "))
+    result = command("verify", oslo.path)
+    assert result.exit_code == 1
+    assert "entry 4 was changed" in result.output
+    result = command("verify", oslo.path, "--json")
+    assert result.exit_code == 1
+    document = json.loads(result.stdout)
+    assert document["good"] is False
+    assert "entry 4 was changed" in document["wrong"][0]
+    result = command("export", oslo.path, oslo.path / "out.csv")
+    assert result.exit_code == 1
+    assert not (oslo.path / "out.csv").exists()
+
+
+def test_a_missing_or_unfinished_log_fails(oslo, tmp_path):
+    with oslo.audit.path.open("ab") as file:
+        file.write(b'{"at":"20')
+    result = command("verify", oslo.path)
+    assert result.exit_code == 1
+    assert "9 bytes after entry 4 are no entry" in result.output
+    append(oslo.audit, "left", {})
+    result = command("verify", oslo.path)
+    assert result.exit_code == 0
+    assert "an interrupted writing was cut off" in result.output
+    oslo.audit.path.unlink()
+    oslo.audit.anchor.unlink()
+    result = command("verify", oslo.path)
+    assert (result.exit_code, "there is no audit log" in result.output) == (1, True)
+    result = command("verify", tmp_path)
+    assert (result.exit_code, "is no hospital's folder" in result.output) == (1, True)
+
+
+def test_a_rotated_key_is_named_and_another_one_warned_of(oslo):
+    rotate_key(oslo)
+    result = command("verify", oslo.path)
+    assert result.output.count("signed by") == 2
+    assert "warning" not in result.output
+    copied = shutil.copy(oslo.public_key, oslo.path / "site.pub.new")
+    rotate_key(oslo)
+    shutil.copy(copied, oslo.public_key)
+    assert "is not the one that signed the last entry" in command("verify", oslo.path).output
+
+
+def test_what_happened_is_shown_newest_last(oslo):
+    lines = command("show", oslo.path).output
+    assert lines.index("folder made") < lines.index("terms accepted") < lines.index("error")
+    few = command("show", oslo.path, "--last", 1).output
+    assert "folder made" not in few
+    assert "kind error" in few
+    assert command("show", oslo.path, "--last", 0).exit_code == 2
+
+
+def test_the_export_holds_every_entry(oslo, tmp_path):
+    entries = list(told(oslo.audit))
+    for ending in ("csv", "json"):
+        assert command("export", oslo.path, tmp_path / f"out.{ending}").exit_code == 0
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["number"], row["details"] = int(row["number"]), json.loads(row["details"])
+    assert rows == json.loads((tmp_path / "out.json").read_text())["entries"]
+    assert rows == [vars(entry) for entry in entries]
+    assert rows[-1]["details"]["details"]["reason"] == "no, ähm: Gd"
+    assert command("export", oslo.path, tmp_path / "out.txt").exit_code == 2
+
+
+def test_a_log_that_does_not_fit_the_other_sides_fails(oslo, tmp_path, tiny_config):
+    server = init_folder(tmp_path / "study", tiny_config())
+    append(oslo.audit, "invitation taken", {"site": "Oslo"})
+    heard = {"of": "Oslo", "number": 4, "hash": list(told(oslo.audit))[3].hash}
+    append(server.audit, "reply received", {"site": "Oslo", "sha256": "", "heard": heard})
+    sides = (
+        (app, oslo.path, server.audit.path),
+        (server_app, server.path, oslo.audit.path),
+    )
+    for program, folder, other in sides:
+        result = command("verify", folder, "--against", other, program=program)
+        assert result.exit_code == 0
+        assert "and fits" in result.output
+    append(server.audit, "reply received", {"site": "Oslo", "heard": {**heard, "number": 9}})
+    for program, folder, other in sides:
+        result = command("verify", folder, "--against", other, program=program)
+        assert result.exit_code == 1
+        assert "Oslo's log lacks entry 9" in result.output
+
+
+def test_the_coordinators_log_is_shown_and_exported_too(tmp_path, tiny_config):
+    server = init_folder(tmp_path / "study", tiny_config("name=study"))
+    assert command("verify", server.path, program=server_app).exit_code == 0
+    assert "name study" in command("show", server.path, program=server_app).output
+    out = tmp_path / "out.json"
+    assert command("export", server.path, out, program=server_app).exit_code == 0
+    assert len(json.loads(out.read_text())["entries"]) == 2
+    assert command("show", tmp_path, program=server_app).exit_code == 1
