@@ -1,4 +1,5 @@
-"""The one way out: every reply passes `release`, which records what it holds before it is sent.
+"""The one way out: every reply passes `release`, which lets through what the site's policy permits
+(`client.permitted`) and records what that holds before it is sent.
 
 The record (SQLite, in the site's folder) is this site's own account of what has left the building:
 when, for which round, how many tensors, numbers and bytes, the hash of the weights, and every number
@@ -12,16 +13,21 @@ import hashlib
 import json
 import math
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, Message
+from flwr.app.error import Error
+from flwr.common.constant import ErrorCode
 
-from common.console import many
+from client.permitted import NotPermitted, permitted
+from client.policy import Policy
+from common.console import many, plain
 from common.messages import WITHHELD
+from common.statement import Signed, attach, attached
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS sent (
@@ -60,12 +66,52 @@ class OutboundError(RuntimeError):
     """The record cannot be written, so nothing may leave; the text says what to do."""
 
 
-def release(reply: Message, record: Path) -> Departure:
-    """Record what `reply` holds; only then may it be sent.
+@dataclass(frozen=True)
+class Gate:
+    """What `release` needs: the record's file, this site's policy and name, and its signature."""
+
+    record: Path
+    policy: Policy
+    site: str
+    sign: Callable[[str], bytes]
+
+
+@dataclass(frozen=True)
+class Released:
+    """What may be sent: the reply as the policy permits it, and the account of it."""
+
+    reply: Message
+    departure: Departure
+
+
+def release(reply: Message, gate: Gate) -> Released:
+    """Make of `reply` what the policy permits, and record it; only that may be sent.
+
+    Where nothing of it is permitted, that is an error reply, which says why.
 
     Raises:
         OutboundError: the record cannot be written, or the reply not be accounted for.
     """
+    allowed = _allowed(reply, gate)
+    return Released(allowed, _record(allowed, gate.record))
+
+
+def _allowed(reply: Message, gate: Gate) -> Message:
+    if reply.has_error():
+        code, reason = reply.error.code, reply.error.reason or ""
+        return Message(metadata=reply.metadata, error=Error(code, plain(reason)))
+    try:
+        content = permitted(reply.content, gate.policy, gate.site)
+    except NotPermitted as no:
+        error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(no))
+        return Message(metadata=reply.metadata, error=error)
+    stated = attached(content)
+    if stated is not None:  # signed here, so that the key vouches for what leaves and nothing else
+        attach(content, Signed(stated.text, gate.sign(stated.text)))
+    return Message(metadata=reply.metadata, content=content)
+
+
+def _record(reply: Message, record: Path) -> Departure:
     departure = inspect(reply)
     d = departure
     with _open(record) as database:

@@ -40,6 +40,7 @@ class SiteCard:
     n_left_out: int
     config_fingerprint: str
     resting: str = ""
+    shows_name: bool = True
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def unpack_site_card(content: RecordDict) -> SiteCard:
         n_left_out=value_of(record, "n_left_out", int),
         config_fingerprint=value_of(record, "config_fingerprint", str),
         resting=value_of(record, "resting", str),
+        shows_name=value_of(record, "shows_name", bool),
     )
     numbers = card.n_training, card.n_held_out, card.n_left_out
     if min(numbers) < 0 or max(numbers) > MOST_SUBJECTS:

@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 
 from client import consent, outbound
 from client.cli import app
+from client.policy import Policy
 from client.site_config import load_site_config
 from common.files import lock_holder, locked
 from common.invitation import Invitation, read_invitation, write_invitation
@@ -366,7 +367,8 @@ def test_on_a_terminal_a_person_says_yes(invited, terms, answer, code, said):
 def sent(hospital) -> None:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     asked = Message(RecordDict(), 2, "train")
-    outbound.release(Message(Error(code=2, reason="no Gd"), reply_to=asked), hospital.sent)
+    gate = outbound.Gate(hospital.sent, Policy(), "Oslo", str.encode)
+    outbound.release(Message(Error(code=2, reason="no Gd"), reply_to=asked), gate)
 
 
 def told(hospital) -> tuple[int, dict[str, Any]]:
