@@ -22,6 +22,7 @@ from client.policy_words import (
     training_in_words,
     update_in_words,
 )
+from client.refusals import broken_by_terms
 from client.site_config import PrivacyBudget, SiteConfig
 from common.code_hash import code_hash
 from common.config import FederationConfig
@@ -101,6 +102,20 @@ def require_same_code(terms: Terms) -> None:
             f"The federation runs fedbrats code {terms.code_hash[:12]}, installed here is "
             f"{here[:12]}. Nothing but the installed code ever runs here, so both sides need the "
             "same version: ask the coordinator which, and install it."
+        )
+
+
+def require_policy(terms: Terms, invitation: Invitation, settings: SiteConfig) -> None:
+    """Raises:
+    NotAccepted: the terms break this site's own policy; the text lists every rule that they do.
+    """
+    private = settings.privacy is not None
+    broken = broken_by_terms(settings.policy, terms, invitation, private=private)
+    if broken:
+        lines = "".join(f"  {refusal}\n" for refusal in broken)
+        raise NotAccepted(
+            f"These terms are against this site's own policy (policy: in site.yaml):\n{lines}"
+            "Nothing was accepted or sent. Ask the coordinator for other terms, or change the policy."
         )
 
 

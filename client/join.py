@@ -240,6 +240,8 @@ class Membership:
         if self._worker is None:
             self._worker = Worker(self._folder.path, self._settings.device)
         self._task = _Task(message, time.monotonic())
+        self._refused = ""
+        self._display.set(refused=None)
         payload = pack(message)
         self._worker.order("answer", payload, code=code_hash())
         round_ = _round(message)

@@ -71,8 +71,8 @@ def who(policy: Policy) -> list[str]:
     federation = policy.federation or "that of the invitation"
     coordinator = policy.coordinator or "that of the invitation"
     return [
-        f"the federation {federation}",
-        f"the coordinator whose CA is {coordinator}",
+        f"the federation with this id: {federation}",
+        f"the coordinator with this CA: {coordinator}",
         "and only for terms to which somebody here has said yes",
     ]
 

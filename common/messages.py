@@ -31,6 +31,7 @@ class SiteCard:
     """A site's answer to the roll call. `trains` is False for a site that only evaluates.
 
     `resting` says why it does so although it has subjects to train on: its privacy budget is spent.
+    `shows_name` is the site's choice whether other sites may read its name.
     """
 
     site: str

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +43,7 @@ from client.connection import (
 from client.display import Display
 from client.join import JoinFailed, Membership, Stopped, stopping
 from client.parcel import pack, unpack
+from client.policy import Policy
 from client.site_config import load_site_config
 from client.worker_process import Event
 from common.messages import SiteReport, SiteUpdate, pack_site_report, pack_site_update
@@ -506,6 +508,106 @@ def test_who_withdraws_the_yes_takes_no_further_part(stage):
         stage.play(lambda: consent.withdraw(stage.folder), stage.message())
     assert stage.coordinator.sent == []
     assert stage.workers.living == 0
+
+
+# --------------------------------------------------------------------------- the site's own policy
+
+
+@pytest.fixture
+def under(stage) -> Callable[..., None]:
+    """A function that puts the stage's membership under a policy."""
+
+    def put(**rules: Any) -> None:
+        policy = Policy(**rules)
+        membership = stage.membership
+        membership._settings = membership._settings.model_copy(update={"policy": policy})
+        membership._gate = replace(membership._gate, policy=policy)
+
+    return put
+
+
+def never() -> str:
+    """A window of one minute, twelve hours from now."""
+    then = datetime.now() + timedelta(hours=12)
+    day = ["mon", "tue", "wed", "thu", "fri", "sat", "sun"][then.weekday()]
+    end = then + timedelta(minutes=1)
+    return f"{day} {then:%H:%M}-{end:%H:%M}"
+
+
+def test_a_task_against_the_policy_is_refused_by_the_rules_name(stage, under, caplog):
+    under(max_rounds=2)
+    reason = refused(stage, stage.message(kind=MessageType.TRAIN, round_=3))
+    assert reason == "Oslo: policy rule `max_rounds`: found 3, allowed at most 2."
+    assert reason in said(caplog)
+    stage.membership._display.write()
+    assert json.loads(stage.status.read_text())["refused"] == reason
+
+
+def test_out_of_hours_it_takes_no_part_and_says_so_once(stage, under, caplog):
+    under(train_when=(never(),))
+    calls = [stage.message() for _ in range(3)]
+    assert stage.play(*calls, stage.message(kind=MessageType.TRAIN, round_=1)) is True
+    assert stage.workers.asked == []
+    assert len(stage.coordinator.reasons) == 4
+    assert all("policy rule `train_when`" in reason for reason in stage.coordinator.reasons)
+    assert said(caplog).count("policy rule `train_when`") == 1
+
+
+def test_what_it_may_evaluate_out_of_hours_it_does(stage, under):
+    under(train_when=(never(),))
+    stage.workers.answer = updated
+    task = stage.message(kind=MessageType.EVALUATE, round_=1)
+    assert stage.play(task, stage.until_answered()) is True
+    assert "means" in stage.answers[0].content
+
+
+def test_training_ends_with_its_hours(stage, under):
+    stage.workers.answer = silent
+    task = stage.message(kind=MessageType.TRAIN, round_=1)
+    close = lambda: under(train_when=(never(),))  # noqa: E731
+    assert stage.play(task, close, stage.until_answered()) is True
+    assert "policy rule `train_when`" in stage.answers[0].error.reason
+    assert stage.workers.made[0].killed
+
+
+def test_a_task_ends_after_the_policys_hours(stage, under):
+    under(max_hours=0.3 / 3600)
+    stage.workers.answer = silent
+    begin = time.monotonic()
+    task = stage.message(kind=MessageType.EVALUATE, round_=1)
+    assert stage.play(task, stage.until_answered()) is True
+    assert time.monotonic() - begin >= 0.3
+    assert "policy rule `max_hours`" in stage.answers[0].error.reason
+    assert stage.workers.made[0].killed
+
+
+def test_changed_terms_against_the_policy_are_told_to_be(stage, under, tiny_config):
+    under(max_rounds=5)
+    other = replace(stage.terms, config=tiny_config("rounds.number=9"))
+    assert stage.play(stage.message(pack_roll_call(other))) is True
+    assert stage.coordinator.reasons == [
+        "Oslo: the terms are against policy rule `max_rounds`: found 9, allowed at most 5."
+    ]
+    assert consent.proposed_terms(stage.folder) == other, "to be looked at all the same"
+
+
+def test_terms_that_were_accepted_behind_the_policys_back_are_refused(stage, under):
+    under(max_rounds=1)
+    assert "policy rule `max_rounds`" in refused(stage, stage.message())
+
+
+def test_what_the_gate_holds_back_is_told_on_both_sides(stage, under, caplog):
+    """The worker has trained all the same: a slip that the gate makes good."""
+    stage.workers.answer = updated
+    task = stage.message(kind=MessageType.TRAIN, round_=1)
+
+    def begun() -> None:
+        under(require_secure_aggregation=True)
+
+    stage.workers.answer = lambda m: begun() or updated(m)
+    assert stage.play(task, stage.until_answered()) is True
+    assert "policy rule `require_secure_aggregation`" in stage.answers[0].error.reason
+    assert "the answer was not let out: policy rule" in said(caplog)
 
 
 # --------------------------------------------------------------------------- one task at a time
