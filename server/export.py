@@ -23,7 +23,7 @@ from server.coordinator import CoordinatorError, CoordinatorFolder, federation_i
 from server.enrolment import keys_of_all
 from server.history import History, RoundRecord
 from server.privacy_report import privacy_document
-from server.shown_names import shown_names, text_with, verdict_with
+from server.shown_names import named_in, shown_names, text_with, verdict_with
 from server.tables import verdict
 
 LIMITS = (
@@ -65,7 +65,7 @@ def export_model(
         raise CoordinatorError(f"{out} exists already; give a new folder.")
     weights, about = load_weights(run.model_worst_site if worst_site else run.model)
     assert isinstance(noted, list)
-    names = shown_names(sites)
+    names = shown_names(sites, named_in(judged))
     judged = verdict_with(judged, names)
     privacy = [
         {

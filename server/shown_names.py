@@ -8,7 +8,7 @@ many there are and what each did can still be read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from common.messages import SiteCard
@@ -17,14 +17,26 @@ from server.tables import Verdict
 HIDDEN = "another site"
 
 
-def shown_names(cards: Iterable[SiteCard], reader: str = "") -> dict[str, str]:
-    """What each site is called where `reader` reads it; a number tells several hidden ones apart."""
-    cards = sorted(cards, key=lambda card: card.site)
-    hidden = [card.site for card in cards if not card.shows_name and card.site != reader]
-    names = {card.site: card.site for card in cards}
+def shown_names(
+    cards: Collection[SiteCard], others: Iterable[str] = (), reader: str = ""
+) -> dict[str, str]:
+    """What each site is called where `reader` reads it; a number tells several hidden ones apart.
+
+    `others` never told the coordinator anything, so not that they show their names either.
+    """
+    shown = {card.site for card in cards if card.shows_name} | {reader}
+    sites = sorted({card.site for card in cards} | set(others))
+    hidden = [site for site in sites if site not in shown]
+    names = {site: site for site in sites}
     for number, site in enumerate(hidden, start=1):
         names[site] = HIDDEN if len(hidden) == 1 else f"{HIDDEN} ({number})"
     return names
+
+
+def named_in(judged: Verdict) -> set[str]:
+    """Every site that the verdict speaks of."""
+    absent = {site for _, site, _ in (*judged.absent, *judged.stopped)}
+    return {*judged.contributed, *judged.withheld, *judged.noised, *absent}
 
 
 def verdict_with(judged: Verdict, names: dict[str, str]) -> Verdict:

@@ -38,7 +38,7 @@ from server.link_state import LinkState, new_link_state
 from server.live import Board, showing
 from server.roll_call import FederationFailed
 from server.rounds import run_rounds
-from server.shown_names import shown_names, verdict_with
+from server.shown_names import named_in, shown_names, verdict_with
 from server.superlink import begin_run, fleet_app, listening, place_nodes
 from server.tables import Verdict, results_json, verdict
 
@@ -196,7 +196,7 @@ def _say_farewell(grid: LinkGrid, judged: Verdict, cards: Sequence[SiteCard]) ->
     waiting = {}
     for contact in grid.contacts().values():
         if contact.online:
-            told = verdict_with(judged, shown_names(cards, reader=contact.site))
+            told = verdict_with(judged, shown_names(cards, named_in(judged), contact.site))
             content = pack_farewell(Farewell(told.complete, "\n".join(told.lines())))
             message = Message(content, contact.node, MessageType.QUERY, ttl=FAREWELL_SECONDS)
             waiting[contact.site] = send(grid, message)
