@@ -371,7 +371,7 @@ BAD_REPORTS: dict[str, tuple[Callable[[SiteReport], Any], str]] = {
     "infinite HD95": (lambda r: with_means(r, iou__WT=math.inf), "metrics"),
     "other subjects": (lambda r: with_n(r, 40), "40 subjects but announced 4"),
     "another site": (lambda r: replace(r, site="a"), "from a for round"),
-    "another round": (lambda r: replace(r, round=9), "for round 9"),
+    "another round": (lambda r: replace(r, round=99), "for round 99"),
     "empty": (lambda r: RecordDict(), "no ConfigRecord"),
     "noised and more": (lambda r: replace(r, released=NOISED), "noised metrics are not dice/ET"),
     "noised, too few": (lambda r: without(noised(r), "dice/ET"), "noised metrics are not dice/ET"),
