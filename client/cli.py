@@ -3,8 +3,8 @@
 `check` examines a folder of subjects and says what is wrong with which file; `predict` segments one
 subject with a trained model; `client.enrol` has `init` and `rotate-key`, `client.membership` has
 `join`, `review`, `status` and `leave`, `client.privacy_commands` has `privacy-plan`,
-`privacy-report` and `privacy-ledger`, `client.audit_commands` has `audit`. Heavy
-imports happen inside the commands, so that `--help` answers at once.
+`privacy-report` and `privacy-ledger`, `client.audit_commands` has `audit`, `client.policy_commands`
+has `policy explain`. Heavy imports happen inside the commands, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from client import audit_commands, enrol, membership, privacy_commands
+from client import audit_commands, enrol, membership, policy_commands, privacy_commands
 from common.brats import CODINGS, MODALITIES, STRUCTURES
 from common.console import complain, printable, run_program, standard_output, start_logging
 from sites.finding import Finding
@@ -51,6 +51,7 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(audit_commands.app, name="audit")
+app.add_typer(policy_commands.policy, name="policy")
 
 
 @app.command()

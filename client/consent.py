@@ -15,6 +15,14 @@ from typing import Any
 import yaml
 
 from client.hospital import HospitalFolder
+from client.policy import Policy
+from client.policy_words import (
+    metrics_in_words,
+    name_in_words,
+    training_in_words,
+    update_in_words,
+)
+from client.refusals import broken_by_terms
 from client.site_config import PrivacyBudget, SiteConfig
 from common.audit_log import append
 from common.code_hash import code_hash
@@ -103,12 +111,27 @@ def require_same_code(terms: Terms) -> None:
         )
 
 
+def require_policy(terms: Terms, invitation: Invitation, settings: SiteConfig) -> None:
+    """Raises:
+    NotAccepted: the terms break this site's own policy; the text lists every rule that they do.
+    """
+    private = settings.privacy is not None
+    broken = broken_by_terms(settings.policy, terms, invitation, private=private)
+    if broken:
+        lines = "".join(f"  {refusal}\n" for refusal in broken)
+        raise NotAccepted(
+            f"These terms are against this site's own policy (policy: in site.yaml):\n{lines}"
+            "Nothing was accepted or sent. Ask the coordinator for other terms, or change the policy."
+        )
+
+
 def sheet(terms: Terms, invitation: Invitation, settings: SiteConfig) -> str:
     """The consent sheet: everything that matters, in plain words, with this site's own settings."""
     c = terms.config
     t, r = c.training, c.rounds
     updates = (
-        "weighted change of the weights, masked: only the sum over all sites can be read"
+        "the weighted change of the network's weights, masked: only the sum over all sites can be "
+        "read; with it this site's keys for the round and sealed shares of its secrets"
         if c.secure_aggregation
         else "the network's weights (its change since the round's model, rounded to 16-bit numbers)"
         if r.updates == "fp16"
@@ -137,9 +160,7 @@ CONSENT SHEET of federation "{c.name}" ({terms.federation}) for {invitation.site
                 {c.held_out_fraction:.0%} of the subjects are held out and only measured on
 
   What leaves this building, and nothing else:
-   - after each round, {updates}
-   - this site's name, and the numbers of its {subjects} subjects
-{_numbers(settings.privacy)}
+{_leaving(settings, updates, subjects)}
    - the text of an error or refusal, free of paths and data; that the farewell was heard
    - with every answer, number and hash of the last entry of this site's audit log, and of the last
      that it has heard of the coordinator's
@@ -147,9 +168,10 @@ CONSENT SHEET of federation "{c.name}" ({terms.federation}) for {invitation.site
      the versions of the programs, and the fingerprint of the configuration
   For each round at most 10 updates and 10 sets of means, should connections break; no update for an
   earlier round than the last.
-  What stays: every scan, segmentation and subject id; results of single subjects.
+  What stays: every scan, segmentation and subject id{_single(settings.policy)}.
+  What else this site's policy (site.yaml) allows and refuses: fed-client policy explain
 
-{_privacy(settings.privacy, c)}
+{_privacy(settings, c)}
 
 {_aggregation(terms, invitation)}
 
@@ -166,33 +188,55 @@ def _round(privacy: PrivacyBudget | None, config: FederationConfig) -> str:
     return f"{many(config.training.epochs, 'epoch')} over this site's training subjects"
 
 
-def _numbers(privacy: PrivacyBudget | None) -> str:
-    """Which numbers leave beside the weights."""
-    if privacy is None:
-        return """\
-   - the mean training loss, seconds and throughput of each round
-   - means of the metrics over the held-out subjects, with the number of subjects behind each
-   - the signed statement that this site trains without differential privacy, with the hash of
-     the code and, if a ledger is kept, its random number, its length and its last hash"""
-    metrics = {
-        "withheld": "no metric: results of held-out subjects are withheld (site.yaml)",
-        "noised": "noised mean Dice of the held-out subjects, within the privacy budget",
-        "exact": "means of the metrics over the held-out subjects, exact, outside of the budget",
-    }
-    return f"""\
-   - no loss, time or throughput of training, for they depend on the patients
-   - {metrics[privacy.metrics]}
-   - a signed statement of the privacy spent: epsilon, delta and budget, noise, rate, clipping
-     norm and steps, number of patients, hash of the code, the ledger's random number, length and
-     last hash (by which two federations can see that a site of each is the same hospital)"""
+def _leaving(settings: SiteConfig, updates: str, subjects: str) -> str:
+    """Weights and numbers, as the site's policy lets them."""
+    policy, privacy = settings.policy, settings.privacy
+    update = f"after each round, {updates}"
+    if not policy.send_updates:
+        update = update_in_words(policy, privacy)
+    entries = [
+        update,
+        name_in_words(policy),
+        f"the numbers of its {subjects} subjects",
+        training_in_words(policy, privacy),
+        metrics_in_words(policy, privacy),
+        STATEMENT if privacy is None else PRIVATE_STATEMENT,
+    ]
+    return "\n".join(
+        textwrap.fill(entry, 96, initial_indent="   - ", subsequent_indent="     ")
+        for entry in entries
+    )
 
 
-def _privacy(privacy: PrivacyBudget | None, config: FederationConfig) -> str:
+STATEMENT = (
+    "the signed statement that this site trains without differential privacy, with the hash of the "
+    "code and, if a ledger is kept, its random number, its length and its last hash"
+)
+PRIVATE_STATEMENT = (
+    "a signed statement of the privacy spent: epsilon, delta and budget, noise, rate, clipping norm "
+    "and steps, number of patients, hash of the code, the ledger's random number, length and last "
+    "hash (by which two federations can see that a site of each is the same hospital)"
+)
+
+
+def _single(policy: Policy) -> str:
+    return "; results of single subjects" if policy.min_subjects > 1 else ""
+
+
+def _privacy(settings: SiteConfig, config: FederationConfig) -> str:
+    privacy = settings.privacy
     if privacy is None:
-        return """\
+        text = """\
   Privacy       NO differential privacy (privacy: off in site.yaml).
-                Weights and means can reveal facts about training data to whoever sees them. A mean
-                over a single held-out subject is that subject's result."""
+                Weights and means can reveal facts about training data to whoever sees them."""
+        if settings.policy.min_subjects == 1:
+            text += " A mean\n"
+            text += (
+                " " * 16
+                + "over a single held-out subject is that subject's result, and may leave\n"
+            )
+            text += " " * 16 + "(policy.min_subjects)."
+        return text
     delta = "1/(10 N)" if privacy.delta is None else f"{privacy.delta:g}"
     recipe = config.privacy
     sample = (

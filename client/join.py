@@ -1,8 +1,8 @@
 """`fed-client join`: stays in a federation until it is complete, whatever happens in between.
 
-This process holds the connection and decides what may run and what may leave; the worker
-(`client.worker_process`) holds network and data. One task at a time: a newer message replaces the
-task in hand, for then the coordinator no longer waits for it.
+This process holds the connection; what may run is asked of `client.refusals`, and what may leave of
+`client.outbound`. The worker (`client.worker_process`) holds network and data. One task at a time: a
+newer message replaces the task in hand, for then the coordinator no longer waits for it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,7 +24,7 @@ from flwr.app.error import Error
 from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
-from client import consent, outbound
+from client import consent, outbound, refusals
 from client.audit_trail import Trail
 from client.connection import (
     AlreadyConnected,
@@ -48,7 +48,7 @@ from common.keys import BadKey, load_private_key
 from common.notices import is_farewell, unpack_farewell, unpack_roll_call
 from common.progress import Progress
 from common.records import BadMessage
-from common.statement import Signed, attach, attached, sign
+from common.statement import sign
 from common.terms import Terms
 
 LOG = logging.getLogger("fedbrats")
@@ -56,13 +56,13 @@ HOLD_SECONDS = 1  # that the coordinator may hold its answer while there is no m
 POLL_SECONDS = 1.0  # from one question for a message to the next
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between attempts to reach the coordinator
 LONGEST_VERDICT = 10_000  # characters
-MOST_ANSWERS = 10  # of one kind for one round: retries after lost connections and restarts
 REFUSED_MINUTES = 5.0  # longest wait, once connected, for a refusal to pass: a clock, a proxy
 OCCUPIED_MINUTES = 3.0  # longest wait for another client with this key to go away
 LOG_LOST = (
     "Restore audit.log and audit.head from the newest backup. If they are lost for good, the two sides "
     "begin anew with a new key: fed-client rotate-key, and at the coordinator fed-server admit --replace."
 )
+WORK = {MessageType.TRAIN: "training", MessageType.EVALUATE: "evaluating"}
 MARGIN_SECONDS = 30.0  # before the deadline, so that the refusal is there in time
 
 
@@ -102,6 +102,7 @@ class Membership:
         self._terms = self._accepted()
         self._trail = Trail(folder.audit)
         self._worker: Worker | None = None
+        self._gate = outbound.Gate(folder.audit, settings.policy, invitation.site, self._sign)
         self._model_bytes = 0
         self._connection: Connection | None = None  # once it has been open
         self._task: _Task | None = None
@@ -110,6 +111,7 @@ class Membership:
         self._trouble = ""
         self._in_vain: dict[str, bool] = {}  # answers not taken, and whether that was told
         self._told = ""  # the hash of the changed terms that were last told of
+        self._refused = ""  # the refusal that was last told of
 
     def stop(self, *_: Any) -> None:
         """Ask `run` to end; safe in a signal handler."""
@@ -163,6 +165,7 @@ class Membership:
             if event.kind == "prepared":
                 d = event.details
                 self._model_bytes = d["model_bytes"]
+                self._gate = replace(self._gate, n_training=d["n_training"])
                 numbers = {key: d[key] for key in ("n_training", "n_held_out", "n_left_out")}
                 self._display.set(**numbers)
                 LOG.info(
@@ -194,8 +197,8 @@ class Membership:
             if self._task is not None:  # so that nobody waits for it
                 with contextlib.suppress(Exception):
                     reply = self._error(self._task.message, "the site's client was stopped.")
-                    outbound.release(reply, self._folder.audit)
-                    connection.send(reply)
+                    released = outbound.release(reply, self._gate)
+                    connection.send(released.reply)
             connection.close()
 
     def _step(self, connection: Connection) -> bool | None:
@@ -233,19 +236,13 @@ class Membership:
                 raise JoinFailed(f"{problem} {LOG_LOST}")
             if kind == MessageType.QUERY and is_farewell(message.content):
                 return self._farewell(connection, message)
-            reason = (
-                self._other_terms(message)
-                if kind == MessageType.QUERY
-                else self._too_often(message)
-            )
-            if reason:
+            if reason := self._unwanted(message):
                 self._refuse(connection, message, reason)
                 return None
         except RunOver:
             self._in_vain.setdefault(tree.object_id, False)
             return None
         except (TooLarge, BadMessage) as error:
-            LOG.warning(f"refused: {plain(str(error))}")
             self._refuse(connection, head, str(error))
             return None
         self._begin(message)
@@ -267,20 +264,18 @@ class Membership:
             self._answer(connection, self._error(head, "its answer was not accepted."))
         return told is not None
 
-    def _refuse(self, connection: Connection, message: Message, reason: str) -> None:
-        self._trail.refused(message, reason)
-        self._answer(connection, self._error(message, reason))
-
     def _begin(self, message: Message) -> None:
         kind = message.metadata.message_type
         if self._worker is None:
             self._worker = Worker(self._folder.path, self._settings.device)
         self._task = _Task(message, time.monotonic())
+        self._refused = ""
+        self._display.set(refused=None)
         payload = pack(message)
         self._worker.order("answer", payload, code=code_hash())
         round_ = _round(message)
         if round_ is not None:
-            words = "training" if kind == MessageType.TRAIN else "evaluating"
+            words = WORK.get(kind, "aggregating")
             self._display.state(words, f"round {round_}: {words}", round=round_)
 
     def _watch(self, connection: Connection, seconds: float) -> None:
@@ -294,14 +289,11 @@ class Membership:
             if self._stop.is_set():
                 return
             if event is None or self._shown(event):
-                late = time.monotonic() - task.began - task.message.metadata.ttl
-                if late > -min(MARGIN_SECONDS, task.message.metadata.ttl / 10):
+                if reason := self._overdue(task):
                     self._end_worker()
-                    minutes = task.message.metadata.ttl / 60
-                    reason = f"it took longer than the round's deadline of {minutes:g} minutes."
                     self._finish(connection, self._error(task.message, reason))
             elif event.kind == "reply":
-                self._finish(connection, self._signed(unpack(event.payload)))
+                self._finish(connection, unpack(event.payload))
             else:
                 LOG.warning(event.details["text"])
                 self._end_worker()
@@ -318,20 +310,18 @@ class Membership:
             LOG.warning(f"the answer is a refusal: {reply.error.reason}")
         self._trail.done(task.message, reply, seconds)
         departure = self._answer(connection, reply)
+        if departure is not None and departure.kind == outbound.ERROR and not reply.has_error():
+            LOG.warning(f"the answer was not let out: {departure.details['reason']}")
         left = outbound.in_words(self._folder.audit)
-        if departure is not None and round_ is not None and not reply.has_error():
+        if departure is not None and round_ is not None and departure.kind != outbound.ERROR:
             LOG.info(f"round {round_}: {departure.in_words()} sent, {seconds:.1f} s")
             if departure.kind == outbound.METRICS:  # the last that leaves in a round
                 LOG.info(f"left this building so far: {'; '.join(left)}")
         self._display.state("waiting", left=left)
 
-    def _signed(self, reply: Message) -> Message:
+    def _sign(self, text: str) -> bytes:
         """The worker does not hold the key, so a privacy statement is signed here."""
-        stated = attached(reply.content) if reply.has_content() else None
-        if stated is not None:
-            signature = sign(stated.text, load_private_key(self._folder.private_key))
-            attach(reply.content, Signed(stated.text, signature))
-        return reply
+        return sign(text, load_private_key(self._folder.private_key))
 
     # ------------------------------------------------------------------------------ what may happen
 
@@ -340,66 +330,51 @@ class Membership:
         run_id = head.metadata.run_id
         if run_id not in self._runs:
             self._runs[run_id] = self._persist(lambda: connection.run(run_id))
-        federation, code = self._runs[run_id]
-        site = self._invitation.site
-        if federation != self._invitation.federation:
-            return self._refusal(
-                f"{site}: the task is of another federation ({plain(federation)[:40]})."
-            )
-        if code != code_hash():
-            return self._refusal(
-                f"{site}: the task is for other code ({plain(code)[:12]}) than is installed here "
-                f"({code_hash()[:12]}); nothing was run. Both sides need the same version."
-            )
-        if head.metadata.message_type not in (
-            MessageType.QUERY,
-            MessageType.TRAIN,
-            MessageType.EVALUATE,
-        ):
-            return self._refusal(f"{site}: there is no such task.")
-        return ""
+        kind = head.metadata.message_type
+        return refusals.foreign(self._gate.site, self._invitation, *self._runs[run_id], kind)
 
-    def _other_terms(self, message: Message) -> str:
-        """Why a roll call is not answered; empty if its terms are the accepted ones."""
-        terms = unpack_roll_call(message.content)
-        if terms.hash() == self._terms.hash():
-            return ""
+    def _unwanted(self, message: Message) -> str:
+        """Why a task that is this federation's is not done all the same; empty if it is."""
+        kind, round_ = message.metadata.message_type, _round(message)
+        if kind == MessageType.QUERY:
+            reason = self._other_terms(unpack_roll_call(message.content))
+        else:
+            since = consent.accepted_at(self._folder)
+            answered = outbound.answered(self._folder.audit, outbound.answer_to(message), since)
+            reason = refusals.too_often(self._gate.site, kind, round_, answered)
+        broken = refusals.broken_by_task(
+            self._settings.policy, kind, round_, self._gate.n_training, datetime.now()
+        )
+        return reason or ("" if broken is None else f"{self._gate.site}: {broken}.")
+
+    def _other_terms(self, proposed: Terms) -> str:
+        """Why a roll call is not answered; changed terms wait for `fed-client review`."""
+        policy, private = self._settings.policy, self._settings.privacy is not None
+        broken = refusals.broken_by_terms(policy, proposed, self._invitation, private=private)
+        reason = refusals.other_terms(self._gate.site, self._terms, proposed, broken)
+        if proposed.hash() == self._terms.hash():
+            return reason
         known = consent.proposed_terms(self._folder)
-        if known is None or known.hash() != terms.hash():
-            consent.propose(self._folder, terms)
-        if terms.hash() != self._told:
-            self._told = terms.hash()
+        if known is None or known.hash() != proposed.hash():
+            consent.propose(self._folder, proposed)
+        if proposed.hash() != self._told:
+            self._told = proposed.hash()
             LOG.warning(
                 "the coordinator has changed the terms:\n"
-                f"{consent.difference(self._terms, terms)}\n"
+                f"{consent.difference(self._terms, proposed)}\n"
                 f"Nothing is done for them until you agree: fed-client review {self._folder.path}"
             )
         self._display.state("terms to review")
-        return (
-            f"{self._invitation.site}: has not accepted the changed terms yet (fed-client review)."
-        )
+        return reason
 
-    def _too_often(self, message: Message) -> str:
-        """Why a task asks for more answers than a federation needs; empty if it does not.
-
-        Many answers about one round tell more about the data than the one that was agreed to.
-        """
-        kind = (
-            outbound.UPDATE
-            if message.metadata.message_type == MessageType.TRAIN
-            else outbound.METRICS
-        )
-        site, round_ = self._invitation.site, _round(message)
-        if round_ is None:
-            return self._refusal(f"{site}: the task names no round.")
-        answered = outbound.answered(self._folder.audit, kind, consent.accepted_at(self._folder))
-        if kind == outbound.UPDATE and round_ < max(answered, default=0):
-            return self._refusal(f"{site}: it has trained for later rounds than {round_} already.")
-        if answered.get(round_, 0) >= MOST_ANSWERS:
-            return self._refusal(
-                f"{site}: it has answered {MOST_ANSWERS} times for round {round_}."
-            )
-        return ""
+    def _overdue(self, task: _Task) -> str:
+        """Why a task has to end before it is done; empty if it may go on."""
+        seconds, ttl = time.monotonic() - task.began, task.message.metadata.ttl
+        if seconds - ttl > -min(MARGIN_SECONDS, ttl / 10):
+            return f"it took longer than the round's deadline of {ttl / 60:g} minutes."
+        kind = task.message.metadata.message_type
+        broken = refusals.broken_by_running(self._settings.policy, kind, seconds, datetime.now())
+        return "" if broken is None else f"{self._gate.site}: {broken}."
 
     def _notice_acceptance(self) -> None:
         """Changed terms can be accepted, or the acceptance withdrawn, while this runs."""
@@ -417,9 +392,14 @@ class Membership:
             raise JoinFailed("the terms are not accepted (any more).")
         return terms
 
-    def _refusal(self, reason: str) -> str:
-        LOG.warning(f"refused: {reason}")
-        return reason
+    def _refuse(self, connection: Connection, message: Message, reason: str) -> None:
+        """`message` may be without its content."""
+        if reason != self._refused:  # a coordinator asks again and again
+            LOG.warning(f"refused: {plain(reason)}")
+        self._refused = reason
+        self._display.set(refused=reason)
+        self._trail.refused(message, reason)
+        self._answer(connection, self._error(message, reason))
 
     def _farewell(self, connection: Connection, message: Message) -> bool:
         farewell = unpack_farewell(message.content)
@@ -428,8 +408,8 @@ class Membership:
         with contextlib.suppress(Unreachable, Refused, RunOver):
             reply = Message(content, reply_to=message)
             self._trail.tell(reply)
-            outbound.release(reply, self._folder.audit)
-            connection.send(reply)
+            released = outbound.release(reply, self._gate)
+            connection.send(released.reply)
         LOG.info(f"the federation is over.\n{farewell.verdict[:LONGEST_VERDICT]}")
         return farewell.complete
 
@@ -439,8 +419,8 @@ class Membership:
         """Record a reply, send it, and try again until it has arrived or nobody waits for it."""
         self._trail.tell(reply)
         try:
-            departure = outbound.release(reply, self._folder.audit)
-            kept = self._persist(lambda: connection.send(reply))
+            released = outbound.release(reply, self._gate)
+            kept = self._persist(lambda: connection.send(released.reply))
         except RunOver as error:
             LOG.warning(str(error))
             kept = False
@@ -450,7 +430,7 @@ class Membership:
             self._in_vain.setdefault(reply.metadata.reply_to_message_id, False)
             LOG.info("the coordinator no longer waits for this answer")
             return None
-        return departure
+        return released.departure
 
     def _persist(self, action: Callable[[], Any]) -> Any:
         """Do it, with growing pauses between attempts, until it works or patience is at an end.

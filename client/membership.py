@@ -103,7 +103,7 @@ def review(folder: Folder, accept: Accept = "") -> None:
         print(sheet(terms, invited, settings))
         if before is not None:
             print(f"Changed since the last yes:\n{difference(before, terms)}\n")
-        if not _agree(hospital, terms, accept):
+        if not _agree(hospital, invited, settings, terms, accept):
             raise NotAccepted(f"Not accepted. To accept: {_command('review', hospital, terms)}")
 
 
@@ -241,28 +241,36 @@ def _consent(
     """Nothing leaves before there is a yes.
 
     Raises:
-        NotAccepted: there is none, and none was given.
+        NotAccepted: there is none, and none was given; or the policy was changed and forbids it.
     """
-    from client.consent import NotAccepted, accepted_terms, is_hash_of, sheet
+    from client.consent import NotAccepted, accepted_terms, is_hash_of, require_policy, sheet
 
     accepted = accepted_terms(hospital)
     if accepted is not None and (not accept or is_hash_of(accept, accepted)):
+        require_policy(accepted, invited, settings)
         return
     # a new invitation may hold changed terms, which the coordinator has not proposed otherwise yet
     offered = [terms for terms in (_pending(hospital, invited), invited.terms) if terms is not None]
     terms = next((terms for terms in offered if is_hash_of(accept, terms)), offered[0])
     print(sheet(terms, invited, settings))
-    if not _agree(hospital, terms, accept):
+    if not _agree(hospital, invited, settings, terms, accept):
         raise NotAccepted(
             "Nothing has left this building: the terms above are not accepted. "
             f"To accept: {_command('join', hospital, terms)}"
         )
 
 
-def _agree(hospital: HospitalFolder, terms: Terms, accept: str) -> bool:
+def _agree(
+    hospital: HospitalFolder,
+    invited: Invitation,
+    settings: SiteConfig,
+    terms: Terms,
+    accept: str,
+) -> bool:
     from client import consent
 
     consent.require_same_code(terms)
+    consent.require_policy(terms, invited, settings)
     if not accept and sys.stdin.isatty():
         answer = input("Do you accept these terms for this site? Type yes: ")
         accept = terms.hash() if answer.strip().lower() == "yes" else ""
@@ -289,6 +297,7 @@ def _print_status(document: dict[str, object], hospital: HospitalFolder) -> None
         ("coordinator", "coordinator"),
         ("last_contact", "last contact"),
         ("trouble", "last trouble"),
+        ("refused", "last refusal"),
         ("n_training", "training subjects"),
         ("n_held_out", "held-out subjects"),
     ):

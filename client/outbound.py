@@ -1,4 +1,5 @@
-"""The one way out: every reply passes `release`, which records what it holds before it is sent.
+"""The one way out: every reply passes `release`, which lets through what the site's policy permits
+(`client.permitted`) and records what that holds before it is sent.
 
 The record is the site's audit log (`common.audit_log`), in entries of kind `sent`: when, for which
 round, which tensors, how many numbers and bytes, the hash of the weights, and every number that is not
@@ -11,20 +12,32 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import Array, ArrayRecord, Message, MessageType
+from flwr.app.error import Error
+from flwr.common.constant import ErrorCode
 
+from client.permitted import NotPermitted, permitted
+from client.policy import Policy
 from common.audit_log import AuditLog, LogError, append, told
-from common.console import many
+from common.console import many, plain
 from common.keys import BadKey
 from common.messages import WITHHELD
+from common.secure_messages import MASKED, SESSION, SHARES, UNMASK, VECTOR
+from common.statement import Signed, attach, attached
 
 SENT = "sent"  # the kind of their entries
 CARD, UPDATE, METRICS, ERROR, OTHER = "card", "update", "metrics", "error", "other"
+KEYS, SEALED, REVEALED = "keys", "sealed", "revealed"  # of secure aggregation, beside the update
+SECURE = {
+    KEYS: "keys for secure aggregation",
+    SEALED: "sealed shares of secrets",
+    REVEALED: "shares that unmask a sum",
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,10 @@ class Departure:
     names: list[str]
 
     def in_words(self) -> str:
+        if self.names == [VECTOR]:
+            return f"masked update of {self.weights:,} numbers, {_size(self.bytes)}"
+        if self.kind in SECURE:
+            return f"{SECURE[self.kind]}, {_size(self.bytes)}"
         if self.kind == UPDATE:
             return (
                 f"update of {self.tensors} tensors, {self.weights:,} numbers, {_size(self.bytes)}"
@@ -57,20 +74,58 @@ class OutboundError(RuntimeError):
     """The record cannot be written, so nothing may leave; the text says what to do."""
 
 
-def release(reply: Message, record: AuditLog) -> Departure:
-    """Record what `reply` holds; only then may it be sent.
+@dataclass(frozen=True)
+class Gate:
+    """What `release` needs: the audit log, this site's policy and name, its signature, and its number
+    of training subjects, which not every answer tells."""
+
+    record: AuditLog
+    policy: Policy
+    site: str
+    sign: Callable[[str], bytes]
+    n_training: int = 0
+
+
+@dataclass(frozen=True)
+class Released:
+    """What may be sent: the reply as the policy permits it, and the account of it."""
+
+    reply: Message
+    departure: Departure
+
+
+def release(reply: Message, gate: Gate) -> Released:
+    """Make of `reply` what the policy permits, and record it; only that may be sent.
+
+    Where nothing of it is permitted, that is an error reply, which says why.
 
     Raises:
         OutboundError: the record cannot be written, or the reply not be accounted for.
     """
+    allowed = _allowed(reply, gate)
+    return Released(allowed, _record(allowed, gate.record))
+
+
+def _allowed(reply: Message, gate: Gate) -> Message:
+    if reply.has_error():
+        code, reason = reply.error.code, reply.error.reason or ""
+        return Message(metadata=reply.metadata, error=Error(code, plain(reason)))
+    try:
+        content = permitted(reply.content, gate.policy, gate.site, gate.n_training)
+    except NotPermitted as no:
+        error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(no))
+        return Message(metadata=reply.metadata, error=error)
+    stated = attached(content)
+    if stated is not None:  # signed here, so that the key vouches for what leaves and nothing else
+        attach(content, Signed(stated.text, gate.sign(stated.text)))
+    return Message(metadata=reply.metadata, content=content)
+
+
+def _record(reply: Message, record: AuditLog) -> Departure:
     departure = inspect(reply)
-    _record(departure, record)
-    return departure
-
-
-def _record(departure: Departure, record: AuditLog) -> None:
     with _usable(record):
         append(record, SENT, asdict(departure))
+    return departure
 
 
 def inspect(reply: Message) -> Departure:
@@ -92,6 +147,10 @@ def inspect(reply: Message) -> Departure:
                 weights += sum(sizes.values())
         else:
             details[name] = {key: _plain(value) for key, value in record.items()}
+            if name in (SEALED, REVEALED):  # long, and of use to nobody later
+                text = str(record["json"])
+                digest_of = hashlib.sha256(text.encode()).hexdigest()
+                details[name] = {"json": f"{len(text)} characters, sha256 {digest_of}"}
     numbers = sum(_numbers(value) for values in details.values() for value in values.values())
     size += len(json.dumps(details).encode())
     kind = OTHER
@@ -101,9 +160,19 @@ def inspect(reply: Message) -> Departure:
         kind = METRICS
     elif "card" in details:
         kind = CARD
+    else:
+        kind = next((name for name in (KEYS, SEALED, REVEALED) if name in details), OTHER)
     round_ = details.get("about", {}).get("round")
     hash_ = digest.hexdigest() if names else ""
     return Departure(kind, round_, len(names), weights, numbers, size, hash_, details, names)
+
+
+def answer_to(task: Message) -> str:
+    """Of which kind the answer to a task is."""
+    kind = task.metadata.message_type
+    if kind == MessageType.TRAIN:
+        return KEYS if SESSION in task.content else UPDATE
+    return {SHARES: SEALED, MASKED: UPDATE, UNMASK: REVEALED}.get(kind, METRICS)
 
 
 def answered(record: AuditLog, kind: str, since: str) -> dict[int, int]:
@@ -129,6 +198,8 @@ def in_words(record: AuditLog) -> list[str]:
     for row in departures(record):
         withheld = row["details"].get("about", {}).get("released") == WITHHELD
         kind = WITHHELD if withheld else row["kind"]
+        if row["names"] == [VECTOR]:
+            kind = VECTOR
         n, tensors, weights, numbers, size = found.get(kind, (0, 0, 0, 0, 0))
         most = max(tensors, row["tensors"]), max(weights, row["weights"])
         found[kind] = n + 1, *most, numbers + row["numbers"], size + row["bytes"]
@@ -142,6 +213,17 @@ def in_words(record: AuditLog) -> list[str]:
             f"{many(n, 'model update')} ({tensors} tensors of {weights:,} numbers each time, "
             f"{numbers} other numbers, {_size(size)} in all)"
         )
+    if VECTOR in found:
+        n, _, weights, _, size = found[VECTOR]
+        lines.append(
+            f"{many(n, 'masked model update')} ({weights:,} numbers each time, of which only the sum "
+            f"over all sites can be read; {_size(size)} in all)"
+        )
+    lines += [
+        f"{many(found[kind][0], 'time')} {words} ({_size(found[kind][-1])} in all)"
+        for kind, words in SECURE.items()
+        if kind in found
+    ]
     if METRICS in found:
         n, _, _, numbers, size = found[METRICS]
         lines.append(f"{many(n, 'set')} of mean metrics ({numbers} numbers, {_size(size)} in all)")

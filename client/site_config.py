@@ -1,4 +1,4 @@
-"""A hospital's own settings, `site.yaml`: where its scans are and what the machine may use.
+"""A hospital's own settings, `site.yaml`: where its scans are, what the machine may use, its policy.
 
 Nobody else reads them and none of them travels; what all sites agree on is in `common.config`.
 """
@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, field_serializer, field_validator
 
+from client.policy import Policy
 from common.config import Section
 from common.config_file import read_yaml, validated
 
@@ -55,6 +56,8 @@ class SiteConfig(Section):
         Path("../privacy-ledger.sqlite"),
         description="what was spent of the budget; one file for all of this site's folders",
     )
+
+    policy: Policy = Policy()
 
     @field_validator("privacy", mode="before")
     @classmethod

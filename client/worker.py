@@ -95,6 +95,7 @@ def _prepare(folder: Path, name: str) -> dict[str, Any]:
     import torch
 
     from client.consent import accepted_terms
+    from client.device import limit_gpu_memory
     from client.hospital import HospitalFolder
     from client.ledger import open_ledger
     from client.preparation import prepare_hospital
@@ -111,6 +112,7 @@ def _prepare(folder: Path, name: str) -> dict[str, Any]:
             f"site.yaml asks for device {settings.device}, but torch finds no GPU here; "
             "set `device: auto` or mend the driver."
         )
+    limit_gpu_memory(settings.policy.max_gpu_memory_gb)
     terms = accepted_terms(hospital)
     assert terms is not None
     network = network_for(terms.config)
@@ -128,9 +130,13 @@ def _answer(folder: Path, payload: bytes) -> bytes:
     from flwr.supercore.task_identity import TaskIdentity
 
     from client.app import app
+    from client.device import limit_gpu_memory
     from client.hospital import HospitalFolder
     from client.parcel import pack, unpack
+    from client.site_config import load_site_config
 
+    # here too: a worker that replaces one that was ended does not prepare
+    limit_gpu_memory(load_site_config(HospitalFolder(folder).config).policy.max_gpu_memory_gb)
     message = unpack(payload)
     node = message.metadata.dst_node_id
     # Message() stamps sender and run from here

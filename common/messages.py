@@ -32,6 +32,7 @@ class SiteCard:
 
     `n_training` is None where secure aggregation hides it. `resting` says why a site does not train
     although it has subjects to train on: its privacy budget is spent.
+    `shows_name` is the site's choice whether other sites may read its name.
     """
 
     site: str
@@ -41,6 +42,7 @@ class SiteCard:
     n_left_out: int
     config_fingerprint: str
     resting: str = ""
+    shows_name: bool = True
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def unpack_site_card(content: RecordDict) -> SiteCard:
         n_left_out=value_of(record, "n_left_out", int),
         config_fingerprint=value_of(record, "config_fingerprint", str),
         resting=value_of(record, "resting", str),
+        shows_name=value_of(record, "shows_name", bool),
     )
     numbers = card.n_training or 0, card.n_held_out, card.n_left_out
     if min(numbers) < 0 or max(numbers) > MOST_SUBJECTS:

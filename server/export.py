@@ -2,8 +2,8 @@
 
 The card (model-card.json and the same as text, MODEL-CARD.md) holds the configuration, the sites and
 how many subjects each trained and measured on, the metrics per site as far as they are released, what
-the sites state about privacy, and the hashes of weights, configuration and code. It holds no subject
-ids: the server does not know them.
+the sites state about privacy, and the hashes of weights, configuration and code. A site that hides its
+name is `another site` in it. It holds no subject ids: the server does not know them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from server.coordinator import CoordinatorError, CoordinatorFolder, federation_i
 from server.enrolment import keys_of_all
 from server.history import History, RoundRecord
 from server.privacy_report import aggregation_in_words, privacy_document
+from server.shown_names import named_in, shown_names, text_with, verdict_with
 from server.tables import verdict
 
 LIMITS = (
@@ -67,6 +68,16 @@ def export_model(
         raise CoordinatorError(f"{out} exists already; give a new folder.")
     weights, about = load_weights(run.model_worst_site if worst_site else run.model)
     assert isinstance(noted, list)
+    names = shown_names(sites, named_in(judged))
+    judged = verdict_with(judged, names)
+    privacy = [
+        {
+            **stated,
+            "site": names.get(stated["site"], stated["site"]),
+            "warnings": [text_with(warning, names) for warning in stated["warnings"]],
+        }
+        for stated in privacy
+    ]
     number = about["round"]
     record = next(r for r in records if r.round == number)
     # the chosen model is measured once more, with HD95; the other one has its own round's figures
@@ -74,6 +85,8 @@ def export_model(
         metrics = final[1]
     else:
         metrics, released = record.metrics, record.released
+    metrics = {names.get(site, site): found for site, found in metrics.items()}
+    released = {names.get(site, site): how for site, how in released.items()}
     chosen_by = "best worst site" if worst_site else "best mean Dice over sites"
     if not any(r.metrics for r in records):
         chosen_by = NOBODY_CHOSE
@@ -88,11 +101,11 @@ def export_model(
         "terms": noted,
         "sites": [
             {
-                "site": card.site,
+                "site": names[card.site],
                 "training_subjects": card.n_training,
                 "held_out_subjects": card.n_held_out,
                 "left_out_subjects": card.n_left_out,
-                "rounds": list(judged.contributed.get(card.site, ())),
+                "rounds": list(judged.contributed.get(names[card.site], ())),
             }
             for card in sites
         ],
@@ -102,7 +115,12 @@ def export_model(
         "metrics": {site: _plain(m) for site, m in metrics.items()},
         "mean_dice": {site: _number(mean_dice(m)) for site, m in metrics.items()},
         "checkpoint_sha256": record.sha256,
-        "limits": [*LIMITS, _how_chosen(records), _how_private(privacy), how_aggregated],
+        "limits": [
+            *LIMITS,
+            _how_chosen(records, names),
+            _how_private(privacy),
+            how_aggregated,
+        ],
     }
     out.mkdir(parents=True, exist_ok=True)
     model = out / "model.safetensors"
@@ -115,10 +133,12 @@ def export_model(
     return model, text
 
 
-def _how_chosen(records: Sequence[RoundRecord]) -> str:
+def _how_chosen(records: Sequence[RoundRecord], names: Mapping[str, str]) -> str:
     if not any(record.metrics for record in records):
         return "This is the last round's model, chosen by nobody: no site releases its metrics."
-    ways = {site: how for record in records for site, how in record.released.items()}
+    ways = {
+        names.get(site, site): how for record in records for site, how in record.released.items()
+    }
     own = "".join(f" {site}: {how}, by its own choice." for site, how in sorted(ways.items()))
     return (
         "The round was chosen by Dice on the held-out subjects"

@@ -26,6 +26,7 @@ CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS sites (
     site TEXT PRIMARY KEY, trains INTEGER, n_training INTEGER, n_held_out INTEGER, n_left_out INTEGER
 );
+CREATE TABLE IF NOT EXISTS hidden (site TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS rounds (
     round INTEGER PRIMARY KEY, learning_rate REAL, seconds REAL, loss REAL,
     checkpoint TEXT NOT NULL, sha256 TEXT NOT NULL
@@ -147,14 +148,23 @@ class History:
         """Who takes part, in place of whom an earlier attempt had."""
         with self._transaction() as db:
             db.execute("DELETE FROM sites")
+            db.execute("DELETE FROM hidden")
+            db.executemany(
+                "INSERT INTO hidden VALUES (?)", [(c.site,) for c in cards if not c.shows_name]
+            )
             db.executemany(
                 "INSERT INTO sites VALUES (?, ?, ?, ?, ?)",
                 [(c.site, c.trains, c.n_training, c.n_held_out, c.n_left_out) for c in cards],
             )
 
     def sites(self) -> list[SiteCard]:
-        rows = self._read("SELECT * FROM sites ORDER BY site")
-        return [SiteCard(s, bool(t), n, h, left, "") for s, t, n, h, left in rows]
+        rows = self._read(
+            "SELECT *, site NOT IN (SELECT site FROM hidden) FROM sites ORDER BY site"
+        )
+        return [
+            SiteCard(s, bool(t), n, h, left, "", shows_name=bool(shown))
+            for s, t, n, h, left, shown in rows
+        ]
 
     def record_round(self, record: RoundRecord, statements: Sequence[GivenStatement] = ()) -> None:
         """All of a round, or nothing of it."""

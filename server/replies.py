@@ -76,8 +76,9 @@ def _refuse_numbers(said: SiteUpdate | Trained) -> str:
 
 
 def _refuse_exact(metrics: SiteMetrics) -> str:
-    """A NaN mean is only an undefined one."""
-    if not abs(metrics.means.get("loss", math.nan)) <= LARGEST:
+    """A NaN mean is only an undefined one, but for the loss. Which there are, beside the Dice by which
+    the model is chosen, is the site's choice."""
+    if "loss" in metrics.means and not abs(metrics.means["loss"]) <= LARGEST:
         return "its validation loss is not a possible number."
     impossible = [name for name, mean in metrics.means.items() if not _possible(name, mean)]
     if len(metrics.means) > MOST_METRICS or impossible or not 0 <= mean_dice(metrics) <= 1:

@@ -54,6 +54,7 @@ from server.robust import fewest_updates
 from server.roll_call import FederationFailed, Roll, by_site, call_roll, nobody_trains, same_run
 from server.schedule import learning_rate, should_stop
 from server.secure_round import gather_secure_sum
+from server.shown_names import shown_names
 from server.updates import gather_updates, sites_needed
 
 LOG = logging.getLogger("fedbrats")
@@ -342,7 +343,10 @@ def _finish(
                 raise FederationFailed(few.text()) from None
             LOG.warning(f"{few.text()}\nEvaluating again ({attempt + 1}/{attempts}).")
     contributed = {c.site for record in done for c in record.contributions if c.trained}
-    about = {"config": config.agreed(), "sites": sorted(contributed)}
+    # whoever gets the model reads this
+    names = shown_names(history.sites())
+    sites = sorted(names.get(site, site) for site in contributed)
+    about = {"config": config.agreed(), "sites": sites}
     save_weights(folder.model, chosen, {**about, "round": best_mean.round})
     worst = load_checkpoint(folder, best_worst.round, best_worst.sha256)
     save_weights(folder.model_worst_site, worst, {**about, "round": best_worst.round})

@@ -10,7 +10,7 @@ import logging
 import resource
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -21,6 +21,7 @@ from common.config_file import anchored
 from common.console import PlainFormatter
 from common.files import locked, write_text_atomically
 from common.masking import FEWEST_SITES
+from common.messages import SiteCard
 from common.model import initial_weights
 from common.notices import Farewell, pack_farewell
 from common.terms import Terms
@@ -40,6 +41,7 @@ from server.link_state import LinkState, new_link_state
 from server.live import Board, showing
 from server.roll_call import FederationFailed
 from server.rounds import run_rounds
+from server.shown_names import named_in, shown_names, verdict_with
 from server.superlink import begin_run, fleet_app, listening, place_nodes
 from server.tables import Verdict, results_json, verdict
 
@@ -142,7 +144,9 @@ def start(folder: CoordinatorFolder) -> Verdict:
                 _write_results(run)  # what was reached can be looked at
                 raise
             judged = _write_results(run)
-            _say_farewell(grid, judged)
+            with History(run.history) as history:
+                cards = history.sites()
+            _say_farewell(grid, judged, cards)
         return judged
 
 
@@ -217,12 +221,16 @@ def _allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _say_farewell(grid: LinkGrid, judged: Verdict) -> None:
-    """Tell everybody who is connected that it is over; who cannot hear it is not waited for."""
-    content = pack_farewell(Farewell(judged.complete, "\n".join(judged.lines())))
+def _say_farewell(grid: LinkGrid, judged: Verdict, cards: Sequence[SiteCard]) -> None:
+    """Tell everybody who is connected that it is over; who cannot hear it is not waited for.
+
+    Each reads the names of the sites that show theirs, and its own.
+    """
     waiting = {}
     for contact in grid.contacts().values():
         if contact.online:
+            told = verdict_with(judged, shown_names(cards, named_in(judged), contact.site))
+            content = pack_farewell(Farewell(told.complete, "\n".join(told.lines())))
             message = Message(content, contact.node, MessageType.QUERY, ttl=FAREWELL_SECONDS)
             waiting[contact.site] = send(grid, message)
     until = time.monotonic() + FAREWELL_SECONDS

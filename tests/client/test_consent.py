@@ -22,6 +22,7 @@ from client.consent import (
     sheet,
     withdraw,
 )
+from client.policy import Policy
 from client.site_config import PrivacyBudget, SiteConfig
 from common.code_hash import code_hash
 from common.terms import BadTerms, Terms
@@ -133,12 +134,42 @@ def test_the_sheet_names_everything_that_an_answer_holds(terms, invitation):
         "statement": "the signed statement that this site trains without differential privacy",
         "metrics": "means of the metrics over the held-out subjects, with the number of subjects",
     }
-    no_fact_of_the_site = {"round", "config_fingerprint", "trains", "released", "resting"}
+    no_fact_of_the_site = {
+        "shows_name",
+        "round",
+        "config_fingerprint",
+        "trains",
+        "released",
+        "resting",
+    }
     text = words(sheet(terms, invitation, OFF)).partition("What leaves this building")[2]
     sent = {f.name for answer in (SiteCard, SiteUpdate, SiteReport) for f in fields(answer)}
     assert sent == said.keys() | no_fact_of_the_site
     for words_ in said.values():
         assert words_ in text
+
+
+@pytest.mark.parametrize(
+    ("policy", "said", "no_longer"),
+    [
+        ({"send_updates": False}, "no model update: this site only evaluates", "after each round"),
+        ({"metrics": ()}, "no metric: only the number of held-out", "means of the metrics"),
+        ({"metrics": ("dice",)}, "behind each: dice; none over", "hd95"),
+        ({"decimals": 1}, "rounded to 1 decimal", "3 decimals"),
+        ({"training_numbers": False}, "no loss, time or throughput", "mean training loss"),
+        ({"min_subjects": 7}, "none over fewer than 7 subjects", "fewer than 5"),
+        ({"min_subjects": 1}, "held-out subject is that subject's result", "results of single"),
+        ({"show_name": True}, "other sites may read too", "for the coordinator only"),
+    ],
+)
+def test_the_sheet_tells_what_the_sites_policy_lets_out(terms, invitation, policy, said, no_longer):
+    usual = words(sheet(terms, invitation, OFF)).partition("Everything that the yes")[0]
+    assert said not in usual
+    assert no_longer in usual
+    settings = SiteConfig(data=Path("/data"), policy=Policy(**policy))
+    text = words(sheet(terms, invitation, settings)).partition("Everything that the yes")[0]
+    assert said in text
+    assert no_longer not in text
 
 
 def test_patches_are_told_with_their_size(terms, invitation, tiny_config):

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,18 +25,15 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import (
-    Array,
-    ArrayRecord,
     ConfigRecord,
     Message,
     MessageType,
-    MetricRecord,
     RecordDict,
 )
 from flwr.supercore.task_identity import TaskIdentity
 
 import client.join as module
-from client import consent, outbound
+from client import consent, outbound, refusals
 from client.connection import (
     AlreadyConnected,
     Refused,
@@ -46,14 +44,15 @@ from client.connection import (
 from client.display import Display
 from client.join import JoinFailed, Membership, Stopped, stopping
 from client.parcel import pack, unpack
+from client.policy import Policy
 from client.site_config import load_site_config
 from client.worker_process import Event
 from common.audit_heads import Heads, attach_heads, attached_heads
 from common.audit_log import EMPTY, Head, append, told, verified
-from common.messages import STYPE
+from common.messages import STYPE, SiteReport, SiteUpdate, pack_site_report, pack_site_update
+from common.metrics import SiteMetrics
 from common.notices import Farewell, pack_farewell, pack_roll_call
 from common.terms import Terms
-from common.wire import encode
 
 ROOT = Path(__file__).parents[2]
 NODE, RUN, FOREIGN = 77, 5, 6
@@ -192,7 +191,8 @@ PREPARED = Event(
 def answered(message: Message) -> list[Event]:
     """A good worker: says something, reports progress, answers."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = RUN, RUN, NODE
-    content = RecordDict({"card": ConfigRecord({"to": str(message.metadata.message_id)})})
+    told = {"site": "Oslo", "trains": False, "config_fingerprint": str(message.metadata.message_id)}
+    content = RecordDict({"card": ConfigRecord(told)})
     step = {"what": "x", "done": 1, "total": 2, "unit": "s", "seconds": 1.0, "remark": "loss 0.5"}
     reply = pack(Message(content, reply_to=message))
     return [
@@ -295,7 +295,7 @@ def test_it_prepares_connects_answers_and_says_goodbye(stage, caplog):
         train.metadata.message_id,
     ]
     assert stage.workers.asked[0].content == call.content, "unchanged"
-    assert [r.content["card"]["to"] for r in stage.answers] == [
+    assert [r.content["card"]["config_fingerprint"] for r in stage.answers] == [
         call.metadata.message_id,
         train.metadata.message_id,
     ]
@@ -444,13 +444,14 @@ def test_changed_terms_are_told_of_once(stage, caplog, tiny_config):
 def updated(message: Message) -> list[Event]:
     """A worker's answer as it is after training, with weights."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = RUN, RUN, NODE
-    about = {"round": message.content["about"]["round"]}
-    content = RecordDict({"about": ConfigRecord(about)})
+    round_ = message.content["about"]["round"]
     if message.metadata.message_type == MessageType.TRAIN:
-        block = encode({"w": torch.ones(3)})
-        content["weights"] = ArrayRecord({"w": Array("uint8", (len(block),), STYPE, block)})
+        weights = {"w": torch.ones(3)}
+        content = pack_site_update(SiteUpdate("Oslo", round_, 12, weights, loss=0.5))
     else:
-        content["means"] = MetricRecord({"loss": 0.5})
+        means = dict.fromkeys(("loss", "dice/WT", "dice/TC", "dice/ET"), 0.5)
+        metrics = SiteMetrics(5, means, dict.fromkeys(means, 5))
+        content = pack_site_report(SiteReport("Oslo", round_, metrics))
     return [Event("reply", {}, pack(Message(content, reply_to=message)))]
 
 
@@ -467,11 +468,11 @@ def asked_in_turn(stage: Stage, *tasks: tuple[str, int]) -> list[str]:
 
 def test_nobody_asks_for_more_answers_about_a_round_than_it_takes(stage, monkeypatch):
     """Many answers about one round tell more about the data than the one that was agreed to."""
-    monkeypatch.setattr(module, "MOST_ANSWERS", 3)
+    monkeypatch.setattr(refusals, "MOST_ANSWERS", 3)
     train, evaluate = MessageType.TRAIN, MessageType.EVALUATE
-    refusals = asked_in_turn(stage, *[(train, 1)] * 4, *[(evaluate, 1)] * 4, (train, 2))
+    reasons = asked_in_turn(stage, *[(train, 1)] * 4, *[(evaluate, 1)] * 4, (train, 2))
     many = "Oslo: it has answered 3 times for round 1."
-    assert refusals == ["", "", "", many, "", "", "", many, ""]
+    assert reasons == ["", "", "", many, "", "", "", many, ""]
     assert len(stage.workers.asked) == 7, "what is refused is not computed"
 
 
@@ -488,7 +489,7 @@ def test_nobody_trains_for_an_earlier_round_again(stage):
 
 
 def test_a_new_yes_begins_the_count_anew(stage, monkeypatch):
-    monkeypatch.setattr(module, "MOST_ANSWERS", 1)
+    monkeypatch.setattr(refusals, "MOST_ANSWERS", 1)
     train = MessageType.TRAIN
     assert asked_in_turn(stage, (train, 1), (train, 1))[1] != ""
     later = {**json.loads(stage.folder.accepted.read_text()), "accepted_at": "2999-01-01"}
@@ -512,6 +513,106 @@ def test_who_withdraws_the_yes_takes_no_further_part(stage):
     assert stage.workers.living == 0
 
 
+# --------------------------------------------------------------------------- the site's own policy
+
+
+@pytest.fixture
+def under(stage) -> Callable[..., None]:
+    """A function that puts the stage's membership under a policy."""
+
+    def put(**rules: Any) -> None:
+        policy = Policy(**rules)
+        membership = stage.membership
+        membership._settings = membership._settings.model_copy(update={"policy": policy})
+        membership._gate = replace(membership._gate, policy=policy)
+
+    return put
+
+
+def never() -> str:
+    """A window of one minute, twelve hours from now."""
+    then = datetime.now() + timedelta(hours=12)
+    day = ["mon", "tue", "wed", "thu", "fri", "sat", "sun"][then.weekday()]
+    end = then + timedelta(minutes=1)
+    return f"{day} {then:%H:%M}-{end:%H:%M}"
+
+
+def test_a_task_against_the_policy_is_refused_by_the_rules_name(stage, under, caplog):
+    under(max_rounds=2)
+    reason = refused(stage, stage.message(kind=MessageType.TRAIN, round_=3))
+    assert reason == "Oslo: policy rule `max_rounds`: found 3, allowed at most 2."
+    assert reason in said(caplog)
+    stage.membership._display.write()
+    assert json.loads(stage.status.read_text())["refused"] == reason
+
+
+def test_out_of_hours_it_takes_no_part_and_says_so_once(stage, under, caplog):
+    under(train_when=(never(),))
+    calls = [stage.message() for _ in range(3)]
+    assert stage.play(*calls, stage.message(kind=MessageType.TRAIN, round_=1)) is True
+    assert stage.workers.asked == []
+    assert len(stage.coordinator.reasons) == 4
+    assert all("policy rule `train_when`" in reason for reason in stage.coordinator.reasons)
+    assert said(caplog).count("policy rule `train_when`") == 1
+
+
+def test_what_it_may_evaluate_out_of_hours_it_does(stage, under):
+    under(train_when=(never(),))
+    stage.workers.answer = updated
+    task = stage.message(kind=MessageType.EVALUATE, round_=1)
+    assert stage.play(task, stage.until_answered()) is True
+    assert "means" in stage.answers[0].content
+
+
+def test_training_ends_with_its_hours(stage, under):
+    stage.workers.answer = silent
+    task = stage.message(kind=MessageType.TRAIN, round_=1)
+    close = lambda: under(train_when=(never(),))  # noqa: E731
+    assert stage.play(task, close, stage.until_answered()) is True
+    assert "policy rule `train_when`" in stage.answers[0].error.reason
+    assert stage.workers.made[0].killed
+
+
+def test_a_task_ends_after_the_policys_hours(stage, under):
+    under(max_hours=0.3 / 3600)
+    stage.workers.answer = silent
+    begin = time.monotonic()
+    task = stage.message(kind=MessageType.EVALUATE, round_=1)
+    assert stage.play(task, stage.until_answered()) is True
+    assert time.monotonic() - begin >= 0.3
+    assert "policy rule `max_hours`" in stage.answers[0].error.reason
+    assert stage.workers.made[0].killed
+
+
+def test_changed_terms_against_the_policy_are_told_to_be(stage, under, tiny_config):
+    under(max_rounds=5)
+    other = replace(stage.terms, config=tiny_config("rounds.number=9"))
+    assert stage.play(stage.message(pack_roll_call(other))) is True
+    assert stage.coordinator.reasons == [
+        "Oslo: the terms are against policy rule `max_rounds`: found 9, allowed at most 5."
+    ]
+    assert consent.proposed_terms(stage.folder) == other, "to be looked at all the same"
+
+
+def test_terms_that_were_accepted_behind_the_policys_back_are_refused(stage, under):
+    under(max_rounds=1)
+    assert "policy rule `max_rounds`" in refused(stage, stage.message())
+
+
+def test_what_the_gate_holds_back_is_told_on_both_sides(stage, under, caplog):
+    """The worker has trained all the same: a slip that the gate makes good."""
+    stage.workers.answer = updated
+    task = stage.message(kind=MessageType.TRAIN, round_=1)
+
+    def begun() -> None:
+        under(require_secure_aggregation=True)
+
+    stage.workers.answer = lambda m: begun() or updated(m)
+    assert stage.play(task, stage.until_answered()) is True
+    assert "policy rule `require_secure_aggregation`" in stage.answers[0].error.reason
+    assert "the answer was not let out: policy rule" in said(caplog)
+
+
 # --------------------------------------------------------------------------- one task at a time
 
 
@@ -526,7 +627,7 @@ def test_a_newer_message_replaces_the_task_in_hand(stage):
     first, second = stage.workers.made
     assert first.killed, "it would go on for hours"
     (answer,) = stage.answers
-    assert answer.content["card"]["to"] == new.metadata.message_id
+    assert answer.content["card"]["config_fingerprint"] == new.metadata.message_id
     assert second is not first
 
 
@@ -790,7 +891,7 @@ def test_what_the_worker_says_meanwhile_is_not_lost(stage):
     assert stage.play(task, None, finish, *away, None, stage.until_answered()) is True
     assert stage.workers.made[0]._events == [], "heard while nobody was there, or it would be stuck"
     (reply,) = stage.answers
-    assert reply.content["card"]["to"] == task.metadata.message_id
+    assert reply.content["card"]["config_fingerprint"] == task.metadata.message_id
     assert [row["kind"] for row in outbound.departures(stage.folder.audit)] == ["card", "other"]
 
 
@@ -1025,17 +1126,80 @@ def test_whatever_is_sent_was_released_in_the_lines_above():
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     sends = 0
     for function in functions:
-        released: set[str] = set()
+        given = [
+            ast.unparse(node.value)
+            for node in ast.walk(function)
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "released"
+        ]
+        assert set(given) <= {"outbound.release(reply, self._gate)"}, function.name
+        others = [
+            node for node in ast.walk(function) if isinstance(node, ast.NamedExpr | ast.AugAssign)
+        ]
+        assert not [node for node in others if ast.unparse(node.target) == "released"]
+        released_at = [call.lineno for name, call in calls(function) if name == "release"]
         for name, call in calls(function):
-            if name == "release":
-                assert isinstance(call.func, ast.Attribute)
-                assert ast.unparse(call.func.value) == "outbound"
-                assert ast.unparse(call.args[1]) == "self._folder.audit"
-                released.add(ast.unparse(call.args[0]))
             if name == "send":
                 sends += 1
-                assert ast.unparse(call.args[0]) in released, f"{function.name}: {call.lineno}"
+                assert [ast.unparse(argument) for argument in call.args] == ["released.reply"]
+                assert min(released_at) < call.lineno, f"{function.name}: {call.lineno}"
     assert sends == 3, "an answer, the farewell's acknowledgement, and that the client was stopped"
+
+
+def test_there_is_one_gate_and_nobody_else_opens_it():
+    """`Released` is made by `release` alone, and the gate of a membership holds this site's policy."""
+    made: list[tuple[str, str]] = []
+    for path in MODULES:
+        for name, call in calls(ast.parse(path.read_text())):
+            if name in ("Released", "Gate", "release", "permitted", "_allowed"):
+                made.append((path.relative_to(ROOT).as_posix(), ast.unparse(call)))
+    assert sorted(made) == [
+        (
+            "client/join.py",
+            "outbound.Gate(folder.audit, settings.policy, invitation.site, self._sign)",
+        ),
+        *[("client/join.py", "outbound.release(reply, self._gate)")] * 3,
+        ("client/outbound.py", "Released(allowed, _record(allowed, gate.record))"),
+        ("client/outbound.py", "_allowed(reply, gate)"),
+        ("client/outbound.py", "permitted(reply.content, gate.policy, gate.site)"),
+    ]
+    text = (ROOT / "client" / "join.py").read_text()
+    assert text.count("self._gate = ") == 1
+
+
+def test_what_reaches_the_connection_is_what_was_released(stage, monkeypatch):
+    """Whatever the worker says: a good answer, one with more in it than agreed, an error, the end."""
+    released: list[Message] = []
+    release = outbound.release
+
+    def listed(reply: Message, gate: outbound.Gate) -> outbound.Released:
+        made = release(reply, gate)
+        released.append(made.reply)
+        return made
+
+    monkeypatch.setattr(outbound, "release", listed)
+
+    def talkative(message: Message) -> list[Event]:
+        (event,) = updated(message)
+        reply = unpack(event.payload)
+        reply.content["subjects"] = ConfigRecord({"ids": ["BraTS20_Training_001"]})
+        reply.content["about"]["folder"] = "/data/brats"
+        return [Event("reply", {}, pack(reply))]
+
+    stage.workers.answer = talkative
+    done = stage.until_answered
+    train, evaluate = (
+        stage.message(kind=kind, round_=1) for kind in (MessageType.TRAIN, MessageType.EVALUATE)
+    )
+    stage.coordinator.foreign = ("ee" * 16, stage.terms.code_hash)
+    foreign = stage.message(kind=MessageType.TRAIN, run=FOREIGN)
+    assert stage.play(train, done(1), evaluate, done(2), foreign, done(3)) is True
+    assert len(stage.coordinator.sent) == len(released) == 4
+    assert all(a is b for a, b in zip(stage.coordinator.sent, released, strict=True))
+    update, report = stage.answers[:2]
+    assert set(update.content) == {"about", "weights"}
+    assert set(report.content) == {"about", "means", "defined"}
+    for answer in (update, report):
+        assert "folder" not in answer.content["about"]
 
 
 def test_a_connection_sends_contents_in_one_place_only():

@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 
 from client import consent, outbound
 from client.cli import app
+from client.policy import Policy
 from client.site_config import load_site_config
 from common.audit_log import told as told_by
 from common.files import lock_holder, locked
@@ -326,6 +327,32 @@ def test_proposed_terms_of_other_code_can_be_read_and_not_accepted(invited, term
     assert consent.proposed_terms(invited) == other
 
 
+def with_policy(hospital, text: str) -> None:
+    hospital.config.write_text(hospital.config.read_text() + f"policy: {{{text}}}\n")
+
+
+def test_terms_against_the_policy_cannot_be_accepted(invited, terms, runs):
+    """Every rule is told, and nothing leaves."""
+    with_policy(invited, "max_rounds: 1, networks: [dynunet]")
+    for name in ("join", "review"):
+        result = command(name, invited.path, "--accept", terms.hash())
+        assert result.exit_code == 1
+        assert "policy rule `max_rounds`: found 3, allowed at most 1" in result.stderr
+        assert "policy rule `networks`: found unet, allowed dynunet" in result.stderr
+    assert consent.accepted_terms(invited) is None
+    assert runs.begun == []
+    assert not invited.sent.exists()
+
+
+def test_a_policy_that_came_after_the_yes_holds_too(invited, terms, runs):
+    consent.accept(invited, terms, terms.hash())
+    with_policy(invited, "require_privacy: true")
+    result = command("join", invited.path)
+    assert result.exit_code == 1
+    assert "policy rule `require_privacy`" in result.stderr
+    assert runs.begun == []
+
+
 def typed(folder: Path, name: str, answer: str) -> tuple[int, str]:
     """The command on a terminal, with what a person types; exit code and what is on the screen."""
     reading, writing = pty.openpty()
@@ -376,7 +403,8 @@ def test_on_a_terminal_a_person_says_yes(invited, terms, answer, code, said):
 def sent(hospital) -> None:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     asked = Message(RecordDict(), 2, "train")
-    outbound.release(Message(Error(code=2, reason="no Gd"), reply_to=asked), hospital.audit)
+    gate = outbound.Gate(hospital.audit, Policy(), "Oslo", str.encode)
+    outbound.release(Message(Error(code=2, reason="no Gd"), reply_to=asked), gate)
 
 
 def told(hospital) -> tuple[int, dict[str, Any]]:

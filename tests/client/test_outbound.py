@@ -19,7 +19,17 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.error import Error
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.outbound import OutboundError, departures, in_words, inspect, release
+from client import outbound
+from client.outbound import (
+    Departure,
+    Gate,
+    OutboundError,
+    Released,
+    departures,
+    in_words,
+    inspect,
+)
+from client.policy import FAMILIES, Policy
 from common.audit_log import AuditLog, append, told
 from common.keys import new_private_key, save_private_key
 from common.messages import (
@@ -32,9 +42,22 @@ from common.messages import (
     pack_site_update,
 )
 from common.metrics import SiteMetrics
+from common.statement import Signed, Statement, attach, attached, read_statement
 
 SHAPES = {"conv.weight": (4, 3, 3, 3, 3), "conv.bias": (4,), "norm.count": (), "empty": (0, 7)}
 CARD = SiteCard("Oslo", True, 12, 5, 1, "c0ffee")
+
+
+OPEN = Policy(min_subjects=1, decimals=None, metrics=FAMILIES, show_name=True)
+
+
+def through(message: Message, record: Path, policy: Policy = OPEN) -> Released:
+    return outbound.release(message, Gate(record, policy, "Oslo", lambda text: text[:9].encode()))
+
+
+def release(message: Message, record: Path) -> Departure:
+    """Under a policy that keeps nothing back."""
+    return through(message, record).departure
 
 
 def weights(scale: float = 1.0) -> dict[str, torch.Tensor]:
@@ -60,6 +83,8 @@ def update(round_: int = 3, *, loss: float = 0.5, change: bool = True) -> Record
 
 
 def report(**means: float) -> RecordDict:
+    """With the Dice that a report has to hold."""
+    means |= {f"dice/{region}": 0.75 for region in ("WT", "TC", "ET")}
     metrics = SiteMetrics(5, means, {name: 0 if math.isnan(v) else 5 for name, v in means.items()})
     return pack_site_report(SiteReport("Oslo", 3, metrics, 1.5))
 
@@ -104,15 +129,15 @@ def test_a_card_a_report_and_an_error_are_counted():
     counted = inspect(reply(pack_site_card(CARD)))
     assert astuple(counted)[:4] == ("card", None, 0, 0)
     flags_and_numbers = [v for v in vars(CARD).values() if isinstance(v, int)]
-    assert counted.numbers == len(flags_and_numbers) == 4
+    assert counted.numbers == len(flags_and_numbers) == 5
     assert counted.details["card"] == vars(CARD)
     assert counted.sha256 == ""
 
-    means = {"loss": 0.25, "dice/WT": 0.75, "iou/WT": 0.6}
+    means = {"loss": 0.25, "iou/WT": 0.6}
     counted = inspect(reply(report(**means)))
     assert astuple(counted)[:4] == ("metrics", 3, 0, 0)
-    assert counted.numbers == 2 + 3 + (1 + 3), "round and seconds; means; subjects behind each"
-    assert counted.details["means"] == means
+    assert counted.numbers == 2 + 5 + (1 + 5), "round and seconds; means; subjects behind each"
+    assert counted.details["means"] == {**means, "dice/WT": 0.75, "dice/TC": 0.75, "dice/ET": 0.75}
 
     counted = inspect(reply(Error(code=2, reason="kein Gd: größer")))
     assert astuple(counted)[:5] == ("error", None, 0, 0, 0)
@@ -125,7 +150,7 @@ def test_a_departure_is_told_in_a_line():
     size = f"{update_.bytes / 1000:.1f} kB"
     assert update_.in_words() == f"update of 4 tensors, 329 numbers, {size}"
     card = inspect(reply(pack_site_card(CARD)))
-    assert card.in_words() == f"card: 4 numbers, {card.bytes / 1000:.1f} kB"
+    assert card.in_words() == f"card: 5 numbers, {card.bytes / 1000:.1f} kB"
 
 
 def test_whatever_else_is_in_a_reply_is_told_too():
@@ -139,23 +164,69 @@ def test_whatever_else_is_in_a_reply_is_told_too():
 
 
 def test_weights_in_no_known_form_do_not_leave(record):
-    """They could not be accounted for."""
+    """They could not be accounted for; the coordinator hears that much."""
     for data in (b"", b"short", b"\x05\x00\x00\x00\x00\x00\x00\x00[1,2]", b"\xff" * 40):
         array = Array("uint8", (len(data),), "raw", data)
-        spoilt = reply(RecordDict({"weights": ArrayRecord({"weights": array})}))
+        about = ConfigRecord({"n_training": 12})
+        spoilt = reply(RecordDict({"about": about, "weights": ArrayRecord({"weights": array})}))
         with pytest.raises(OutboundError, match="cannot be accounted for"):
-            release(spoilt, record)
-    assert departures(record) == []
+            inspect(spoilt)
+        released = through(spoilt, record)
+        assert "cannot be accounted for" in released.reply.error.reason
+    assert [row["kind"] for row in departures(record)] == ["error"] * 4
+
+
+# ---------------------------------------------------------------------------------- the gate
+
+
+def test_what_leaves_and_what_is_recorded_is_what_the_policy_permits(record):
+    content = report(loss=0.123456)
+    content["about"]["folder"] = "/data/brats"
+    asked = reply(content)
+    released = through(asked, record, Policy(decimals=2))
+    assert "folder" not in released.reply.content["about"]
+    assert released.reply.content["means"]["loss"] == 0.12
+    assert released.departure == inspect(released.reply)
+    (kept,) = departures(record)
+    assert kept["details"] == everything_in(released.reply.content)
+    assert released.reply.metadata is asked.metadata, "it still answers the same message"
+    assert content["about"]["folder"] == "/data/brats", "the reply itself stays as it was"
+
+
+def test_what_may_not_leave_becomes_an_error_that_names_the_rule(record):
+    released = through(reply(update()), record, Policy(send_updates=False))
+    said = "policy rule `send_updates`: no model update leaves this site"
+    assert released.reply.error.reason == said
+    assert [row["details"] for row in departures(record)] == [{"reason": said}]
+
+
+def test_a_statement_is_signed_as_it_leaves(record):
+    """Not as it came: the policy may withhold the metrics that it speaks of."""
+    stated = Statement("3f" * 16, "Oslo", 3, "ab" * 32, "2026-01-01", True, "exact")
+    content = report(loss=0.5)
+    attach(content, Signed(stated.text(), b"of the worker"))
+    gate = Gate(record, Policy(metrics=()), "Oslo", lambda text: text.encode())
+    kept = attached(outbound.release(reply(content), gate).reply.content)
+    assert read_statement(kept.text).metrics == WITHHELD
+    assert kept.signature == kept.text.encode()
+
+
+def test_a_long_error_is_cut_to_a_line(record):
+    released = through(reply(Error(code=2, reason="a\nb" * 1000)), record)
+    assert len(released.reply.error.reason) <= 500
+    assert "\n" not in released.reply.error.reason
+    assert released.reply.error.code == 2
 
 
 def test_an_undefined_mean_is_kept_as_none(record):
     content = report(**{"loss": 0.5, "hd95/ET": math.nan})
     release(reply(content), record)
     (kept,) = departures(record)
-    assert kept["details"]["means"] == {"loss": 0.5, "hd95/ET": None}
+    means = kept["details"]["means"]
+    assert (means["loss"], means["hd95/ET"]) == (0.5, None)
     text = record.path.read_text().splitlines()[-1]
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert kept["numbers"] == 2 + 1 + 3, "what is undefined is no number"
+    assert kept["numbers"] == 2 + 4 + 6, "what is undefined is no number"
 
 
 # --------------------------------------------------------------------------------- the record
@@ -179,7 +250,7 @@ def test_in_words_adds_up(record):
     assert departures(record) == []
     assert not record.path.exists(), "looking leaves nothing behind"
     released = release(reply(pack_site_card(CARD)), record)
-    assert in_words(record) == ["1 site card (name and numbers of subjects; 4 numbers)"]
+    assert in_words(record) == ["1 site card (name and numbers of subjects; 5 numbers)"]
     sizes = [release(reply(update(n)), record).bytes for n in (1, 2, 3)]
     metrics = release(reply(report(loss=0.5)), record)
     release(reply(pack_site_card(CARD)), record)
@@ -188,7 +259,7 @@ def test_in_words_adds_up(record):
     release(reply(farewell), record)
     updates = f"{sum(sizes) / 1000:.1f} kB"
     assert in_words(record) == [
-        "2 site cards (name and numbers of subjects; 8 numbers)",
+        "2 site cards (name and numbers of subjects; 10 numbers)",
         f"3 model updates (4 tensors of 329 numbers each time, 15 other numbers, {updates} in all)",
         f"1 set of mean metrics ({metrics.numbers} numbers, {metrics.bytes / 1000:.1f} kB in all)",
         "1 error text",

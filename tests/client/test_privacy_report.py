@@ -35,7 +35,7 @@ from common.messages import (
     pack_site_card,
     pack_site_report,
 )
-from common.metrics import SiteMetrics
+from common.metrics import REGIONS, SiteMetrics
 from tests.client.conftest import FEDERATION
 from tests.client.paid_site import (
     N_TRAINING,
@@ -267,7 +267,8 @@ def test_what_left_is_counted_from_the_outbound_record(hospital, site_of):
     send_update(hospital, site, statement(site, 1, permit).text())
     n = SiteMetrics(6, {}, {})
     sent(hospital, pack_site_report(SiteReport("Oslo", 1, n, released=WITHHELD)))
-    means = SiteMetrics(6, {"dice/WT": 0.5}, {"dice/WT": 6})
+    dice = [f"dice/{region}" for region in REGIONS]
+    means = SiteMetrics(6, dict.fromkeys(dice, 0.5), dict.fromkeys(dice, 6))
     for way in (NOISED, EXACT, EXACT):
         sent(hospital, pack_site_report(SiteReport("Oslo", 1, means, released=way)))
 
@@ -287,7 +288,8 @@ def test_what_left_is_counted_from_the_outbound_record(hospital, site_of):
 def test_exact_metrics_of_before_are_not_forgotten(hospital, site_of, now):
     site_of(metrics=now)
     assert "left before" not in why(privacy_document(hospital), "Held-out patients")
-    means = SiteMetrics(6, {"dice/WT": 0.5}, {"dice/WT": 6})
+    dice = [f"dice/{region}" for region in REGIONS]
+    means = SiteMetrics(6, dict.fromkeys(dice, 0.5), dict.fromkeys(dice, 6))
     sent(hospital, pack_site_report(SiteReport("Oslo", 1, means)))
     said = why(privacy_document(hospital), "Held-out patients")
     assert "But 1 set of exact ones left before" in said

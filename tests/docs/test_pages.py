@@ -331,6 +331,12 @@ def test_a_federation_by_the_two_pages_alone(people, pages, published, tiny_argu
         assert len(keys[hospital.name]) == 1
         checked = hospital.types("fed-client check /data/brats")
         assert "5 subjects, 5 usable" in checked
+        explained = hospital.types("fed-client policy explain /srv/fedbrats/site")
+        assert "What may leave this site" in explained
+        settings = hospital.path(SITE) / "site.yaml"  # as the page says, with so few subjects
+        text = settings.read_text()
+        assert "min_subjects: 5" in text
+        settings.write_text(text.replace("min_subjects: 5", "min_subjects: 1"))
 
     def enrol(hospital: Person, line: str) -> None:
         sent = hospital.path(SITE) / "site.pub"
@@ -459,7 +465,10 @@ def test_a_federation_by_the_two_pages_alone(people, pages, published, tiny_argu
     assert states == {"Oslo": "enrolled", "Bergen": "enrolled", "Tromso": "revoked"}
     coordinator.types(f"fed-server export {FEDERATION} model")
     card = json.loads((coordinator.machine / "model" / "model-card.json").read_text())
-    assert [site["site"] for site in card["sites"]] == sorted(HOSPITALS)
+    # nobody has changed `show_name`, and the card is for whoever gets the model
+    assert [site["site"] for site in card["sites"]] == [f"another site ({n})" for n in (1, 2, 3)]
+    assert set(card["metrics"]) <= {site["site"] for site in card["sites"]}
+    assert card["metrics"], "with so few subjects too, as the page says"
     assert len(card["terms"]) == 2
     coordinator.types(f"fed-server status {FEDERATION}")  # exit code 0: complete
 

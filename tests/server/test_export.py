@@ -70,6 +70,25 @@ def folder(tmp_path):
     return made
 
 
+def test_a_hidden_name_is_in_no_exported_file(folder, tmp_path):
+    with History(RunFolder(folder.run).history) as history:
+        hidden = {"b": "b", "only-evaluates": "only-evaluates"}
+        history.record_sites([replace(c, shows_name=c.site not in hidden) for c in history.sites()])
+    out = tmp_path / "out"
+    export_model(folder, out)
+    card = json.loads((out / "model-card.json").read_text())
+    first, second = "another site (1)", "another site (2)"
+    assert [site["site"] for site in card["sites"]] == ["a", first, second]
+    assert card["sites"][1]["rounds"] == [1, 3]
+    assert card["absences"] == [
+        [2, first, "it was off"],
+        [2, second, "final model not evaluated: it was off"],
+    ]
+    assert set(card["metrics"]) == set(card["mean_dice"]) == {"a", first}
+    for name in ("model-card.json", "MODEL-CARD.md"):
+        assert "only-evaluates" not in (out / name).read_text()
+
+
 def test_the_card_says_what_the_history_says(folder, tmp_path):
     begin = datetime.now(UTC).replace(microsecond=0)
     model, text = export_model(folder, tmp_path / "new" / "out")

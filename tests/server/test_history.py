@@ -7,6 +7,7 @@ import os
 import signal
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,13 +161,27 @@ def test_mean_and_worst_are_over_sites_whatever_their_size():
 
 
 def test_sites_are_those_of_the_last_attempt(tmp_path):
-    cards = [SiteCard("b", True, 5, 2, 0, "f"), SiteCard("a", False, 0, 3, 1, "f")]
+    cards = [
+        SiteCard("b", True, 5, 2, 0, "f"),
+        SiteCard("a", False, 0, 3, 1, "f", shows_name=False),
+    ]
     with History(tmp_path / "h") as history:
         history.record_sites([*cards, SiteCard("gone", True, 1, 1, 0, "f")])
         history.record_sites(cards)
     with History(tmp_path / "h") as history:
         kept = [replace(card, config_fingerprint="f") for card in history.sites()]
     assert kept == sorted(cards, key=lambda card: card.site)
+
+
+def test_a_history_from_before_names_could_be_hidden_shows_them(tmp_path):
+    with closing(sqlite3.connect(tmp_path / "h")) as database, database:
+        database.execute(
+            "CREATE TABLE sites (site TEXT PRIMARY KEY, trains INTEGER, n_training INTEGER,"
+            " n_held_out INTEGER, n_left_out INTEGER)"
+        )
+        database.execute("INSERT INTO sites VALUES ('a', 1, 5, 2, 0)")
+    with History(tmp_path / "h") as history:
+        assert history.sites() == [SiteCard("a", True, 5, 2, 0, "")]
 
 
 def test_final_metrics_replace_those_of_an_earlier_end(tmp_path):

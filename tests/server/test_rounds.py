@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from io import StringIO
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, RecordDict
 from flwr.app.error import Error
+from rich.console import Console
 
 from common.config_file import ConfigError
 from common.messages import (
@@ -33,7 +35,7 @@ from server.checkpoint import load_checkpoint, load_to_continue
 from server.history import FINAL as AT_THE_END
 from server.history import METRICS, TRAINING, History
 from server.roll_call import FederationFailed, Roll
-from server.tables import results_json, verdict
+from server.tables import results_json, round_table, verdict
 from tests.server.conftest import EVALUATE, FINAL, TRAIN, measured, trained
 
 
@@ -363,14 +365,13 @@ def withheld(report: SiteReport) -> SiteReport:
 BAD_REPORTS: dict[str, tuple[Callable[[SiteReport], Any], str]] = {
     "error": (lambda r: "CUDA out of memory", "CUDA out of memory"),
     "NaN loss": (lambda r: with_means(r, loss=math.nan), "validation loss"),
-    "no loss": (lambda r: without(r, "loss"), "validation loss"),
     "NaN Dice": (lambda r: with_means(r, dice__WT=math.nan), "metrics"),
     "no Dice": (lambda r: without(r, "dice/TC"), "metrics"),
     "Dice of 5": (lambda r: with_means(r, dice__WT=5.0), "metrics"),
     "infinite HD95": (lambda r: with_means(r, iou__WT=math.inf), "metrics"),
     "other subjects": (lambda r: with_n(r, 40), "40 subjects but announced 4"),
     "another site": (lambda r: replace(r, site="a"), "from a for round"),
-    "another round": (lambda r: replace(r, round=9), "for round 9"),
+    "another round": (lambda r: replace(r, round=99), "for round 99"),
     "empty": (lambda r: RecordDict(), "no ConfigRecord"),
     "noised and more": (lambda r: replace(r, released=NOISED), "noised metrics are not dice/ET"),
     "noised, too few": (lambda r: without(noised(r), "dice/ET"), "noised metrics are not dice/ET"),
@@ -1210,6 +1211,50 @@ def test_a_site_that_withholds_counts_and_one_that_is_missing_does_not(federatio
         g.spoil[EVALUATE, site, 1] = lambda report: "the machine is off"
     with pytest.raises(FederationFailed, match="1 sites could evaluate, 2 are needed"):
         g.run()
+
+
+def only_dice(report: SiteReport) -> SiteReport:
+    means = {key: v for key, v in report.metrics.means.items() if key.startswith("dice/")}
+    return replace(report, metrics=SiteMetrics(report.metrics.n, means, report.metrics.defined))
+
+
+def test_a_site_may_tell_dice_and_nothing_else(federation):
+    """Its policy keeps back the rest: it counts, and the loss is that of the others."""
+    f = federation("rounds.number=2")
+    for_all(f, only_dice, "bb")
+    f.run()
+    for record in f.rounds():
+        assert set(record.metrics) == set(f.sites)
+        assert record.released == {}, "what it tells is exact"
+        assert all(key.startswith("dice/") for key in record.metrics["bb"].means)
+        told = [record.metrics[site] for site in ("a", "ccc")]
+        expected = sum(m.means["loss"] * m.n for m in told) / sum(m.n for m in told)
+        assert record.loss == pytest.approx(expected)
+        assert record.mean_dice is not None
+    _number, final = in_history(f, lambda history: history.final())
+    assert set(final) == set(f.sites)
+    assert in_history(f, lambda history: len(history.rounds())) == 2
+
+
+def test_nobody_needs_to_tell_a_loss(federation):
+    f = federation("rounds.stop_patience=1", "rounds.plateau_patience=1")
+    for_all(f, only_dice, *f.sites)
+    f.run()
+    assert [record.loss for record in f.rounds()] == [None] * 3
+    assert all(record.mean_dice is not None for record in f.rounds())
+    results = json.loads(in_history(f, results_json))
+    assert results["rounds"][0]["loss"] is None
+    for record in f.rounds():
+        Console(file=StringIO()).print(round_table(record))
+
+
+def test_the_model_names_no_site_that_hides_its_name(federation):
+    f = federation("rounds.number=1")
+    f.sites["bb"] = replace(f.sites["bb"], shows_name=False)
+    f.run()
+    for path in (f.folder.model, f.folder.model_worst_site):
+        assert load_weights(path)[1]["sites"] == ["a", "another site", "ccc"]
+    assert set(f.rounds()[0].metrics) == set(f.sites), "the coordinator knows them all"
 
 
 def test_an_update_may_keep_its_loss_and_times(federation):
