@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from common.audit_compare import misfits
+from common.audit_log import verified
+
 pytestmark = pytest.mark.slow
 STEADY, CUT, KILLED = "site-01", "site-06", "site-13"
 
@@ -113,6 +116,16 @@ def test_a_killed_client_comes_back_within_the_round(survived):
     )
     assert "round 3: update" not in first.text()
     assert "round 3: update" in second.text()
+
+
+def test_the_audit_logs_are_whole_and_fit_together(survived):
+    """Kills at both ends left nothing that looks like tampering."""
+    f = survived.federation
+    coordinator = verified(f.coordinator.audit)
+    for hospital in f.hospitals.values():
+        log = verified(hospital.audit)
+        assert misfits(log, coordinator) == []
+        assert not [e for e in (*log.entries, *coordinator.entries) if e.kind == "problem"]
 
 
 def test_nothing_is_left_running(survived):
