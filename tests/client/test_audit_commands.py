@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from client import outbound
 from client.cli import app
+from client.policy import Policy
 from client.hospital import rotate_key
 from common.audit_log import append, told
 from common.keys import fingerprint, read_public_key
@@ -28,7 +29,8 @@ def oslo(accepted):
     """With something that has left."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     asked = Message(RecordDict(), 2, "train")
-    outbound.release(Message(Error(code=2, reason="no, ähm: Gd"), reply_to=asked), accepted.audit)
+    gate = outbound.Gate(accepted.audit, Policy(), "Oslo", str.encode)
+    outbound.release(Message(Error(code=2, reason="no, ähm: Gd"), reply_to=asked), gate)
     return accepted
 
 

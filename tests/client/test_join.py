@@ -1160,7 +1160,7 @@ def test_there_is_one_gate_and_nobody_else_opens_it():
         *[("client/join.py", "outbound.release(reply, self._gate)")] * 3,
         ("client/outbound.py", "Released(allowed, _record(allowed, gate.record))"),
         ("client/outbound.py", "_allowed(reply, gate)"),
-        ("client/outbound.py", "permitted(reply.content, gate.policy, gate.site)"),
+        ("client/outbound.py", "permitted(reply.content, gate.policy, gate.site, gate.n_training)"),
     ]
     text = (ROOT / "client" / "join.py").read_text()
     assert text.count("self._gate = ") == 1

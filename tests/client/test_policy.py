@@ -86,7 +86,7 @@ FULL = dict.fromkeys(NAMES, 0.123456789)
 
 
 def leaving(content: RecordDict, policy: Policy) -> RecordDict:
-    return permitted(content, policy, "Oslo")
+    return permitted(content, policy, "Oslo", 12)
 
 
 def refusal(content: RecordDict, policy: Policy) -> str:
@@ -407,7 +407,7 @@ def told(content: RecordDict) -> dict[str, dict[str, Any]]:
 @given(spoilt(), policies)
 def test_nothing_outside_the_policy_leaves(content, policy):
     try:
-        left = told(permitted(content, policy, "Oslo"))
+        left = told(permitted(content, policy, "Oslo", 12))
     except NotPermitted:
         return
     assert MARK not in repr(left)
@@ -472,11 +472,11 @@ def check_means(left: dict[str, dict[str, Any]], policy: Policy) -> None:
 def test_the_policy_keeps_back_no_more_than_it_says(content, policy):
     """Applied again, nothing more is kept back; and what is kept back has its reason."""
     try:
-        once = permitted(content, policy, "Oslo")
+        once = permitted(content, policy, "Oslo", 12)
     except NotPermitted:
         assert "weights" in content
         return
-    assert told(permitted(once, policy, "Oslo")) == told(once)
+    assert told(permitted(once, policy, "Oslo", 12)) == told(once)
     if "means" not in content:
         return
     n = content["defined"]["n"]
