@@ -27,7 +27,7 @@ import pytest
 from client.hospital import HospitalFolder, init_hospital
 from client.outbound import departures
 from client.policy import FAMILIES, Policy
-from client.site_config import SiteConfig
+from client.site_config import SiteConfig, load_site_config
 from common.code_hash import ROOT
 from common.config import FederationConfig
 from common.config_file import commented
@@ -196,11 +196,17 @@ class Federation:
         self.programs.append(program)
         return program
 
-    def hospital(self, site: str, scans: Path, cache: Path, policy: Policy = OPEN) -> None:
+    def hospital(self, site: str, scans: Path, cache: Path) -> None:
         """As `fed-client init`, with prepared scans."""
         folder = self.hospitals[site] = init_hospital(self.path / site, site, scans)
-        settings = SiteConfig(data=scans, cache=cache, device="cpu", policy=policy)
+        settings = SiteConfig(data=scans, cache=cache, device="cpu", policy=OPEN)
         write_text_atomically(folder.config, commented(settings))
+
+    def put_policy(self, site: str, policy: Policy = OPEN) -> None:
+        """As somebody who edits the hospital's site.yaml."""
+        path = self.hospitals[site].config
+        settings = load_site_config(path).model_copy(update={"policy": policy})
+        write_text_atomically(path, commented(settings))
 
     def may_misbehave(self, site: str) -> Faults:
         """The site's client obeys the returned faults from its next start on."""

@@ -43,6 +43,7 @@ def finished(federation_at, exact_arguments, scans, port, tmp_path_factory):
             "fed-client", "init", str(f.path / site), "--name", site, "--data", str(scans[site])
         )
         f.hospitals[site] = HospitalFolder(f.path / site)
+        f.put_policy(site)
         sent = str(f.hospitals[site].public_key)
         f.typed("fed-server", "admit", folder, sent, "--name", site)
     pause = f.may_misbehave(SITES[0])  # only to be looked at in the middle of a round

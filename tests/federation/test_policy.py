@@ -7,8 +7,6 @@ from datetime import datetime, timedelta
 import pytest
 
 from client.policy import Policy
-from client.site_config import SiteConfig, load_site_config
-from common.config_file import commented
 from common.weights import load_weights
 
 pytestmark = pytest.mark.slow
@@ -22,16 +20,12 @@ def never() -> str:
     return f"{day} {then:%H:%M}-{then + timedelta(minutes=1):%H:%M}"
 
 
-def put(federation, site: str, policy: Policy) -> None:
-    path = federation.hospitals[site].config
-    settings: SiteConfig = load_site_config(path).model_copy(update={"policy": policy})
-    path.write_text(commented(settings))
-
-
 def test_the_federation_goes_on_without_a_site_whose_policy_refuses(new_federation):
     f = new_federation("rounds.number=2", "rounds.min_sites=2", "server.gather_minutes=0")
-    put(f, HIDDEN, Policy(min_subjects=1, decimals=2, metrics=("dice",), training_numbers=False))
-    put(f, CLOSED, Policy(min_subjects=1, train_when=(never(),)))
+    f.put_policy(
+        HIDDEN, Policy(min_subjects=1, decimals=2, metrics=("dice",), training_numbers=False)
+    )
+    f.put_policy(CLOSED, Policy(min_subjects=1, train_when=(never(),)))
     server = f.serving()
     closed = f.join(CLOSED)
     closed.says("policy rule `train_when`: allowed")
