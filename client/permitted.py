@@ -236,8 +236,9 @@ def permitted(content: RecordDict, policy: Policy, site: str, n_training: int) -
             values["about"][name] = _rounded(value, policy)
     if not policy.training_numbers and "about" in values:
         values["about"] = {k: v for k, v in values["about"].items() if k not in TRAINING_NUMBERS}
-    if values.get(RECORD, {}).keys() != STATEMENT.keys():
-        values.pop(RECORD, None)
+    for name, whole in ((RECORD, STATEMENT), (AUDIT, HEADS)):  # all of it or none
+        if values.get(name, {}).keys() != whole.keys():
+            values.pop(name, None)
     if answer == "card":
         _restrict_card(values["card"], policy, n_training)
     elif answer == "means":

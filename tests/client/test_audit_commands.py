@@ -14,8 +14,8 @@ from typer.testing import CliRunner, Result
 
 from client import outbound
 from client.cli import app
-from client.policy import Policy
 from client.hospital import rotate_key
+from client.policy import Policy
 from common.audit_log import append, told
 from common.keys import fingerprint, read_public_key
 from server.cli import app as server_app

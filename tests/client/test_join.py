@@ -25,6 +25,8 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import (
+    Array,
+    ArrayRecord,
     ConfigRecord,
     Message,
     MessageType,
@@ -1163,7 +1165,8 @@ def test_there_is_one_gate_and_nobody_else_opens_it():
         ("client/outbound.py", "permitted(reply.content, gate.policy, gate.site, gate.n_training)"),
     ]
     text = (ROOT / "client" / "join.py").read_text()
-    assert text.count("self._gate = ") == 1
+    assert text.count("self._gate = ") == 2
+    assert "self._gate = replace(self._gate, n_training=" in text, "once the data were counted"
 
 
 def test_what_reaches_the_connection_is_what_was_released(stage, monkeypatch):
@@ -1196,8 +1199,8 @@ def test_what_reaches_the_connection_is_what_was_released(stage, monkeypatch):
     assert len(stage.coordinator.sent) == len(released) == 4
     assert all(a is b for a, b in zip(stage.coordinator.sent, released, strict=True))
     update, report = stage.answers[:2]
-    assert set(update.content) == {"about", "weights"}
-    assert set(report.content) == {"about", "means", "defined"}
+    assert set(update.content) == {"about", "weights", "audit"}
+    assert set(report.content) == {"about", "means", "defined", "audit"}
     for answer in (update, report):
         assert "folder" not in answer.content["about"]
 

@@ -341,7 +341,7 @@ def test_terms_against_the_policy_cannot_be_accepted(invited, terms, runs):
         assert "policy rule `networks`: found unet, allowed dynunet" in result.stderr
     assert consent.accepted_terms(invited) is None
     assert runs.begun == []
-    assert not invited.sent.exists()
+    assert outbound.departures(invited.audit) == []
 
 
 def test_a_policy_that_came_after_the_yes_holds_too(invited, terms, runs):

@@ -194,7 +194,7 @@ def test_counting_agrees_with_what_is_prepared(hospital, terms):
     from client.site_config import load_site_config
 
     settings = load_site_config(hospital.config)
-    made = prepare_hospital("Oslo", settings, hospital.state, terms)
+    made = prepare_hospital("Oslo", settings, hospital.state, terms, hospital.private_key)
     cohort = cohort_of(hospital, terms.config)
     assert (cohort.training, cohort.held_out) == (made.n_training, made.n_held_out)
 
