@@ -21,6 +21,7 @@ from common.wire import decode, encode, encode_change
 
 BLOCK = "weights"  # the one array of a message that carries weights
 STYPE = "safetensors"
+NONCE = "nonce"  # that a server process puts into every record it sends; it says nothing
 MOST_SUBJECTS = 10**7
 BUDGET_SPENT = 1001  # code of an error reply, beyond Flower's own: no failure, the site rests
 EXACT, NOISED, WITHHELD = "exact", "noised", "withheld"  # how metrics are released
@@ -213,7 +214,7 @@ def unpack_site_report(content: RecordDict) -> SiteReport:
 def task_hash(content: RecordDict) -> str:
     """sha256 (hex) of everything a task says, its weights as they travelled: the same question?"""
     about = record_of(content, "about", ConfigRecord)
-    text = json.dumps(dict(sorted(about.items())))
+    text = json.dumps({name: value for name, value in sorted(about.items()) if name != NONCE})
     return hashlib.sha256(text.encode() + b"\0" + _block(content)).hexdigest()
 
 

@@ -33,6 +33,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from common.console import plain
+from common.messages import NONCE
 from server.audit_trail import Witness
 from server.gate import MOST_PIECES
 from server.link_state import LinkState
@@ -188,7 +189,7 @@ class LinkGrid(Grid):
     def _push(self, message: Message, site: str) -> str:
         for record in message.content.values():
             if isinstance(record, ConfigRecord):
-                record["nonce"] = self._nonce
+                record[NONCE] = self._nonce
         # under one lock: a site must not see the message before all of it is there
         with no_object_id_recompute(), self._state.lock:
             message.metadata.__dict__["_message_id"] = message_id = message.object_id

@@ -25,6 +25,7 @@ from common.messages import (
     pack_site_report,
     pack_site_update,
     pack_train_task,
+    task_hash,
     unpack_evaluate_task,
     unpack_site_card,
     unpack_site_report,
@@ -312,3 +313,16 @@ def test_a_statement_of_another_form_is_a_bad_message(text):
 def test_a_site_does_not_train_and_rest_at_once():
     with pytest.raises(BadMessage, match="why it does not"):
         unpack_site_card(pack_site_card(replace(RESTING, trains=True)))
+
+
+def test_the_same_question_is_the_same_whichever_server_process_asks_it():
+    """A restarted server has another nonce; what a site has paid for must be known again."""
+    task = TrainTask(3, "ab", 0.01, {"w": torch.zeros(2)})
+    content = pack_train_task(task)
+    hash_ = task_hash(content)
+    content["about"]["nonce"] = "another"
+    assert task_hash(content) == hash_
+    content["about"]["more"] = 1
+    assert task_hash(content) != hash_, "but nothing else is overlooked"
+    other = pack_train_task(replace(task, weights={"w": torch.ones(2)}))
+    assert task_hash(other) != hash_
