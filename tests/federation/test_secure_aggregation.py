@@ -52,14 +52,15 @@ def test_a_hospital_killed_in_mid_round_drops_out_and_comes_back(
     new_federation, scans, cohort_cache
 ):
     f = new_federation(
-        "rounds.number=3", SECURE, "server.return_minutes=0.05", "server.gather_minutes=2"
+        "rounds.number=4", SECURE, "server.return_minutes=0.05", "server.gather_minutes=2"
     )
     f.hospital(FOURTH, scans["site-06"], cohort_cache)
     f.admit(FOURTH)
     for site in SITES:
         f.invite(site)
-    pause = f.may_misbehave(FOURTH)
+    pause, meanwhile = f.may_misbehave(FOURTH), f.may_misbehave(SITES[0])
     pause.hold("train-2")
+    meanwhile.hold("train-3")
     server = f.serving()
     clients = {site: f.join(site) for site in (*SITES, FOURTH)}
     pause.until_held("train-2")
@@ -67,6 +68,8 @@ def test_a_hospital_killed_in_mid_round_drops_out_and_comes_back(
     server.says("round 2: site-21 did not contribute")
     pause.release("train-2")
     clients[FOURTH] = f.join(FOURTH, accept=False)
+    clients[FOURTH].says("connected to")
+    meanwhile.release("train-3")
     for client in clients.values():
         client.ends_well()
     server.ends_well()
@@ -74,6 +77,7 @@ def test_a_hospital_killed_in_mid_round_drops_out_and_comes_back(
     trained = [[c["site"] for c in r["contributions"] if c["trained"]] for r in rounds]
     assert trained[0] == [*SITES, FOURTH]
     assert trained[1] == list(SITES)
+    assert trained[3] == [*SITES, FOURTH]
 
 
 def test_a_hospital_that_demands_it_refuses_a_federation_without_it(new_federation):
