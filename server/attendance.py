@@ -24,6 +24,7 @@ from server.exchange import send
 from server.history import History
 from server.link_grid import Contact, LinkGrid
 from server.roll_call import FederationFailed, Roll, by_site, nobody_trains
+from server.updates import fewest_to_aggregate
 
 LOG = logging.getLogger("fedbrats")
 CALL_SECONDS = 300.0  # for one roll call: a site's worker may have to start first
@@ -100,7 +101,8 @@ class Attendance:
             )
             if enough and not gathering and not self._is_answering(sites):
                 break
-            if nobody_trains(roll) and not self._is_answering(sites):
+            fewest = fewest_to_aggregate(self.terms.config)
+            if nobody_trains(roll, fewest) and not self._is_answering(sites):
                 if history.rounds():  # they are the result
                     break
                 raise FederationFailed(_nobody_trains(roll))

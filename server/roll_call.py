@@ -54,9 +54,9 @@ def by_site(reasons: Mapping[str, str]) -> str:
     return "".join(f"  {site}: {reason}\n" for site, reason in reasons.items())
 
 
-def nobody_trains(roll: Roll) -> bool:
-    """Has every site that could train spent its privacy budget?"""
-    return bool(roll.resting) and not (roll.training or roll.absent)
+def nobody_trains(roll: Roll, fewest: int = 1) -> bool:
+    """Have so many sites spent their privacy budgets that fewer than `fewest` are left to train?"""
+    return bool(roll.resting) and len(roll.training) + len(roll.absent) < fewest
 
 
 def wait_for_nodes(grid: Grid, count: int, seconds: float) -> None:

@@ -50,12 +50,11 @@ from server.history import (
     RoundRecord,
 )
 from server.replies import refuse_report
-from server.robust import fewest_updates
 from server.roll_call import FederationFailed, Roll, by_site, call_roll, nobody_trains, same_run
 from server.schedule import learning_rate, should_stop
 from server.secure_round import gather_secure_sum
 from server.shown_names import shown_names
-from server.updates import gather_updates, sites_needed
+from server.updates import fewest_to_aggregate, gather_updates, sites_needed
 
 LOG = logging.getLogger("fedbrats")
 WITHHOLDS = "it withholds its metrics, by its own choice."
@@ -106,7 +105,7 @@ def run_rounds(
             number = len(done) + 1
             try:
                 roll = present(number)
-                if done and nobody_trains(roll):
+                if done and nobody_trains(roll, fewest_to_aggregate(config)):
                     _say_the_end(history, config, len(done), roll.resting)
                     break
                 models, record, statements = _one_round(
@@ -195,6 +194,8 @@ def _say_the_end(
 ) -> None:
     """Rounds that nobody can pay for any more do not take place; those before are the result."""
     why = "every site that could train has spent its privacy budget"
+    if (needed := fewest_to_aggregate(config)) > 1:
+        why = f"fewer than the {needed} sites that are needed have a privacy budget left"
     history.note("ended", {"after_round": rounds, "why": why})
     text = (
         f"training ends after round {rounds} of {config.rounds.number}: {why}\n{by_site(reasons)}"
@@ -377,9 +378,10 @@ def _enough_to_aggregate(
     config: FederationConfig, number: int, good: int, missing: Mapping[str, str]
 ) -> None:
     """Asked before the sites train too: work that cannot be used is not asked for."""
-    needed = fewest_updates(config.rounds)
+    needed = fewest_to_aggregate(config)
     if good < needed:
-        why = f" for rounds.aggregation: {config.rounds.aggregation}"
+        way = f"rounds.aggregation: {config.rounds.aggregation}"
+        why = f" for {'secure_aggregation' if config.secure_aggregation else way}"
         raise _TooFew(number, "train", needed, good, dict(missing), why)
 
 

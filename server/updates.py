@@ -47,6 +47,11 @@ class Gathered:
     statements: list[GivenStatement] = field(default_factory=list)
 
 
+def fewest_to_aggregate(config: FederationConfig) -> int:
+    """Without so many good updates no model can be made of them, whatever `rounds.min_sites` says."""
+    return fewest_sites(config) if config.secure_aggregation else fewest_updates(config.rounds)
+
+
 def sites_needed(config: FederationConfig, asked: int, spent: int) -> int:
     """How many good updates make a round; by default those of every site that was asked.
 

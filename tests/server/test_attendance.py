@@ -280,6 +280,16 @@ def test_when_every_budget_is_spent_nobody_is_waited_for(make, history):
     assert (roll.training, list(roll.resting)) == ([], ["a", "b", "c"])
 
 
+def test_when_too_few_are_left_for_a_sum_nobody_is_waited_for(make, history):
+    sites, attend = make("secure_aggregation=true")
+    sites.come("a", "b")
+    sites.come("c", trains=False, resting=SPENT)
+    recorded(history, 1)
+    roll = attend(history, 2)
+    assert sites.now < 31
+    assert (roll.training, list(roll.resting)) == (["a", "b"], ["c"])
+
+
 def test_who_waits_for_sites_that_train_is_told_who_rests(make, history):
     sites, attend = make("rounds.min_sites=2", "server.wait_minutes=1")
     sites.enrolled[:] = ["a", "b"]

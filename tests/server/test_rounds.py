@@ -296,6 +296,20 @@ def test_when_nobody_can_pay_any_more_the_rounds_so_far_are_the_result(federatio
     assert saved_bytes(f) == before
 
 
+def test_when_too_few_can_pay_for_the_aggregation_the_rounds_so_far_are_the_result(federation):
+    f = federation("rounds.number=3", "rounds.aggregation=median")
+    f.spoil[TRAIN, "bb", 2] = spent
+    with pytest.raises(FederationFailed, match="needed for rounds.aggregation: median"):
+        f.run()
+    f.spoil.clear()
+    f.sites["bb"] = replace(f.sites["bb"], trains=False, resting=SPENT)
+    f.run()
+    assert [record.round for record in f.rounds()] == [1]
+    assert f.folder.model.exists()
+    said = "fewer than the 3 sites that are needed have a privacy budget left"
+    assert f"It ended there: {said}." in in_history(f, verdict).lines()[0]
+
+
 def test_an_end_that_was_not_reached_is_forgotten_when_budgets_are_raised(federation):
     f = federation("rounds.number=4")
     for site in ("a", "bb", "ccc"):
