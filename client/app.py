@@ -31,6 +31,7 @@ from client.private_answers import private_report, private_update
 from client.secure_round import (
     RoundRefused,
     answer_adverts,
+    answer_agreement,
     answer_sealed,
     answer_survivors,
     answer_task,
@@ -58,16 +59,19 @@ from common.messages import (
 from common.metrics import summarise
 from common.model import network_for
 from common.secure_messages import (
+    AGREE,
     MASKED,
     SHARES,
     UNMASK,
     action_of,
+    pack_agreed,
     pack_masked,
     pack_revealed,
     pack_sealed,
     pack_trained,
     session_of,
     unpack_adverts,
+    unpack_agreement,
     unpack_sealed,
     unpack_survivors,
 )
@@ -188,11 +192,19 @@ def answer_masked(message: Message, context: Context) -> Message:
     return _reply(message, pack_masked(answer_sealed(site, unpack_sealed(message.content))))
 
 
+@app.train(action_of(AGREE))
+@answering
+def answer_agree(message: Message, context: Context) -> Message:
+    site = _site(context)
+    agreed = answer_survivors(site, unpack_survivors(message.content))
+    return _reply(message, pack_agreed(agreed))
+
+
 @app.train(action_of(UNMASK))
 @answering
 def answer_unmask(message: Message, context: Context) -> Message:
     site = _site(context)
-    revealed = answer_survivors(site, unpack_survivors(message.content))
+    revealed = answer_agreement(site, unpack_agreement(message.content))
     return _reply(message, pack_revealed(revealed))
 
 

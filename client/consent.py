@@ -30,7 +30,7 @@ from common.config import FederationConfig
 from common.console import many
 from common.files import write_text_atomically
 from common.invitation import Invitation
-from common.masking import colluders_withstood, fewest_sites
+from common.masking import fewest_in_sum, most_colluders
 from common.terms import Terms, changes, terms_from
 
 
@@ -259,21 +259,30 @@ def _privacy(settings: SiteConfig, config: FederationConfig) -> str:
 
 def _aggregation(terms: Terms, invitation: Invitation) -> str:
     if not terms.config.secure_aggregation:
-        return """\
+        text = """\
   Aggregation   NO secure aggregation: the coordinator sees this site's own update."""
+        if terms.config.rounds.aggregation == "krum":
+            text += """
+                With krum each round's model IS one site's update, and every site receives it."""
+        return text
     sites, own = len(terms.roster), invitation.key_fingerprint
-    fewest = fewest_sites(terms.config)
-    colluders = colluders_withstood(terms.config, sites)
+    colluders = most_colluders(sites)
     keys = "\n".join(
         f"                  {mark}{' (this site)' if mark == own else ''}" for mark in terms.roster
     )
-    return f"""\
-  Aggregation   secure: the coordinator learns the sum of the sites' updates, of at least {fewest} of the
-                {sites} sites below, and no single one, as long as no more than {colluders} of them
-                {"colludes" if colluders == 1 else "collude"} with it (docs/security.md).
-                Ask the other hospitals by telephone for their keys: a key that is nobody's is a
-                site that the coordinator has made up.
-{keys}"""
+    words = textwrap.fill(
+        "secure: the coordinator learns one sum of updates a round, of at least "
+        f"{fewest_in_sum(terms.config, sites)} of the {sites} sites below, and no single update of that "
+        f"round, as long as no more than {colluders} of them "
+        f"{'colludes' if colluders == 1 else 'collude'} with it. By comparing rounds, or by models made "
+        "for the purpose, a dishonest one can learn more: only a privacy budget limits that "
+        "(docs/security.md). Ask the other hospitals by telephone for their keys: a key that is "
+        "nobody's is a site that the coordinator has made up.",
+        96,
+        initial_indent="  Aggregation   ",
+        subsequent_indent=" " * 16,
+    )
+    return f"{words}\n{keys}"
 
 
 def _listed(terms: Terms) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from common.masking import colluders_withstood, fewest_sites
+from common.masking import fewest_in_sum, most_colluders
 from common.terms import Terms
 
 FALSE_ALARMS = 0.01  # of the test in `found_at_most`
@@ -84,12 +84,13 @@ def of_aggregation(terms: Terms | None, *, private: bool) -> str:
         )
     sites = len(terms.roster)
     return (
-        "Secure aggregation is on: the coordinator learns the sum of the updates, with the number of "
-        "training subjects, of at least "
-        f"{fewest_sites(terms.config)} of the {sites} sites that were agreed on, and no single one, as "
-        f"long as no more than {colluders_withstood(terms.config, sites)} of them collude with it. If "
-        "more do, they can find out this site's own update, as if it were off. It hides who in "
-        "the sum contributed what, not what the sum tells (docs/security.md). " + holds
+        "Secure aggregation is on: in each round the coordinator learns the sum of the updates, with "
+        f"the number of training subjects, of at least {fewest_in_sum(terms.config, sites)} of the "
+        f"{sites} sites that were agreed on, and no single one, as long as no more than "
+        f"{most_colluders(sites)} of them collude with it. If more do, they can find out this site's own "
+        "update, as if it were off. It hides who in the sum contributed what, not what the sum tells; a "
+        "dishonest coordinator that compares rounds, or sends models made for the purpose, can learn "
+        "more (docs/security.md). " + holds
     )
 
 

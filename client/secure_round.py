@@ -3,8 +3,9 @@
 Each stage is answered for one set of facts only; the same question again gets the same answer, any
 other is refused. Two files in the site's folder hold what must survive a restart: the vector of the
 round's update, which is the same in every attempt at the round, and the secrets of the one attempt
-(session) that is going on. A third remembers for whose sum the site has helped to unmask a round: it
-helps with no other sum of that round, for from two sums one update could be had.
+(session) that is going on. Both are gone once the site has helped to unmask, but for its answer. A
+third remembers to which sum of the last round it has agreed: it agrees to no other sum of that round,
+in no attempt, for from two sums one update could be had.
 
 The arithmetic is `common.fixed_point`, the cryptography `common.masking`.
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric import ec
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -27,19 +29,22 @@ from common.files import write_atomically
 from common.fixed_point import encode_vector
 from common.keys import fingerprint, load_private_key
 from common.masking import (
+    PRESENT,
+    SURVIVORS,
     About,
     Advert,
     Member,
     RoundSecrets,
-    Shares,
     advertise,
     context_of,
-    fewest_sites,
+    fewest_in_sum,
+    has_signed_list,
     mask_vector,
     members_of,
     new_secrets,
     roster_hash,
     seal,
+    sign_list,
     split_secrets,
     threshold,
     unseal,
@@ -47,10 +52,13 @@ from common.masking import (
 from common.messages import SiteUpdate, TrainTask
 from common.secure_messages import (
     Adverts,
+    Agreed,
+    Agreement,
     Masked,
     Revealed,
     Sealed,
     Session,
+    Stage,
     Survivors,
     Trained,
 )
@@ -78,8 +86,8 @@ class _Files:
         return self.folder / "session.json"
 
     @property
-    def unmasked(self) -> Path:
-        return self.folder / "unmasked.json"
+    def agreed(self) -> Path:
+        return self.folder / "agreed.json"
 
 
 def answer_task(
@@ -96,31 +104,29 @@ def answer_task(
         train: is called if there is no vector of this task yet.
 
     Raises:
-        RoundRefused: the site has helped to unmask a later round, or this one after another task;
+        RoundRefused: the site has agreed to a sum of a later round, or of this one for another task;
             its key is not in the roster; its change is too large.
         BadWeights: a value of the update is not finite.
     """
     files = _files(site)
-    fewest = fewest_sites(site.config)
-    if not fewest <= session.sites <= len(site.roster):
+    if session.sites != len(site.roster):
         raise RoundRefused(
-            f"{site.name}: a sum of {session.sites} sites is refused: secure aggregation needs at "
-            f"least {fewest}, and {len(site.roster)} were accepted."
+            f"{site.name}: the roster has {len(site.roster)} sites, the task is for {session.sites}."
         )
-    done = _read(files.unmasked)
+    done = _read(files.agreed)
     if done and done["round"] > task.round:
         raise RoundRefused(f"{site.name}: round {done['round']} is aggregated already.")
     if done and done["round"] == task.round and done["task"] != task_hash:
         raise RoundRefused(
-            f"{site.name}: it has helped to aggregate round {task.round} for another task."
+            f"{site.name}: it has agreed to a sum of round {task.round} for another task."
         )
     about = _about_vector(files.vector)
     if (about.get("task"), about.get("sites")) != (task_hash, session.sites):
+        files.session.unlink(missing_ok=True)  # of an earlier round
         about = _train(site, task, task_hash, session.sites, files, train)
     else:
         LOG.info(f"round {task.round}, {site.name}: the update that is there is used again")
-    assert site.key is not None
-    key = load_private_key(site.key)
+    key = _key(site)
     own = fingerprint(key.public_key())
     if own not in site.roster:
         raise RoundRefused(f"{site.name}: its own key is not in the roster that it accepted.")
@@ -151,7 +157,6 @@ def answer_task(
         Advert(text, bytes.fromhex(signature)),
         loss=about["loss"],
         seconds=about["seconds"],
-        samples_per_second=about["samples_per_second"],
         statement=Signed(statement) if statement else None,
     )
 
@@ -165,12 +170,15 @@ def answer_adverts(site: Site, stage: Adverts) -> Sealed:
     files = _files(site)
     state = _session(site, files, stage)
     asked = [[advert.text, advert.signature.hex()] for advert in stage.adverts]
+    if "revealed" in state:
+        raise RoundRefused(f"{site.name}: the sum of this attempt is settled.")
     if "sealed" not in state:
-        members = members_of(stage.adverts, _about(state), site.roster, fewest_sites(site.config))
+        needed = fewest_in_sum(site.config, len(site.roster))
+        members = members_of(stage.adverts, _about(state), site.roster, needed)
         if state["advert"] not in asked:
             raise RoundRefused(f"{site.name}: its own keys are not among those of the round.")
         context, secrets, own = context_of(stage.adverts), _secrets(state), state["own"]
-        shares = split_secrets(secrets, len(members))
+        shares = split_secrets(secrets, len(members), threshold(len(site.roster)))
         state["sealed"] = {
             member.site: seal(part, secrets.sealing, own, member, context).hex()
             for member, part in zip(members, shares, strict=True)
@@ -193,18 +201,18 @@ def answer_sealed(site: Site, stage: Sealed) -> Masked:
     """
     files = _files(site)
     state = _session(site, files, stage)
+    if "agreed" in state:
+        raise RoundRefused(f"{site.name}: the sum of this attempt is settled.")
     if "sealed" not in state:
         raise RoundRefused(f"{site.name}: it has not seen the keys of the round yet.")
-    if "secrets" not in state:
-        raise RoundRefused(f"{site.name}: the sum of this attempt is over.")
-    members, own = _members(site, state), state["own"]
+    members, own = _members(state), state["own"]
     asked = {sender: share.hex() for sender, share in sorted(stage.shares.items())}
     if "received" not in state:
         context, secrets = _context(state), _secrets(state)
         by_site = {member.site: member for member in members}
         if own in asked or not asked.keys() <= by_site.keys():
             raise RoundRefused(f"{site.name}: shares came from sites that are not in the round.")
-        needed = _needed(site, len(members))
+        needed = fewest_in_sum(site.config, len(site.roster))
         if len(asked) + 1 < needed:
             raise RoundRefused(
                 f"{site.name}: {len(asked) + 1} of {len(members)} sites are left; {needed} are "
@@ -219,45 +227,85 @@ def answer_sealed(site: Site, stage: Sealed) -> Masked:
     vector = _load_vector(files.vector)
     present = [member for member in members if member.site in state["shares"]]
     mask_vector(vector, _secrets(state), own, present, _context(state))
-    return Masked(stage.round, stage.session, vector)
+    signature = sign_list(PRESENT, state["shares"], _context(state), _key(site))
+    return Masked(stage.round, stage.session, vector, signature)
 
 
-def answer_survivors(site: Site, stage: Survivors) -> Revealed:
-    """Help to take the masks off the sum of `stage.sites`; from then on of no other sum of the round.
+def answer_survivors(site: Site, stage: Survivors) -> Agreed:
+    """Agree to the sum of these sites; from then on to no other sum of the round.
 
     Raises:
         RoundRefused, BadRound
     """
     files = _files(site)
     state = _session(site, files, stage)
+    survivors = sorted(stage.signatures)
+    if "agreed" in state:
+        _same(site, survivors, state["survivors"], "survivors")
+        return Agreed(stage.round, stage.session, bytes.fromhex(state["agreed"]))
     if "received" not in state:
         raise RoundRefused(f"{site.name}: it has sent no masked update in this attempt.")
-    shares = {name: Shares(*map(bytes.fromhex, pair)) for name, pair in state["shares"].items()}
-    needed = _needed(site, len(state["adverts"]))
-    survivors = sorted(set(stage.sites))
-    if state["own"] not in survivors or not shares.keys() >= set(survivors):
+    present, context = state["shares"].keys(), _context(state)
+    if state["own"] not in survivors or not present >= set(survivors):
         raise RoundRefused(f"{site.name}: the sum would be of other sites than those of the round.")
+    needed = fewest_in_sum(site.config, len(site.roster))
     if len(survivors) < needed:
         raise RoundRefused(
             f"{site.name}: a sum of {len(survivors)} sites is refused; {needed} are needed."
         )
-    done = _read(files.unmasked)
+    by_site = {member.site: member for member in _members(state)}
+    for name, signature in stage.signatures.items():
+        if not has_signed_list(signature, PRESENT, present, context, by_site[name]):
+            raise RoundRefused(f"{site.name}: {name} is masked towards other sites than this one.")
+    done = _read(files.agreed)
     if done and done["round"] == stage.round and done["survivors"] != survivors:
         raise RoundRefused(
-            f"{site.name}: it has helped to aggregate round {stage.round} already, for a sum of "
-            "other sites, from which the difference would be one site's update. The round can only "
-            "be repeated with the same sites."
+            f"{site.name}: it has agreed to a sum of round {stage.round} already, of other sites; "
+            "from the difference one site's update could be had."
         )
     what = {"round": stage.round, "task": state["task"], "survivors": survivors}
-    _write(files.unmasked, what)  # before anything is told
-    if state.get("secrets"):
-        del state["secrets"]
-        state["survivors"] = survivors
+    _write(files.agreed, what)  # before anything is told
+    signature = sign_list(SURVIVORS, survivors, context, _key(site))
+    state |= {"survivors": survivors, "agreed": signature.hex()}
+    _write(files.session, state)
+    return Agreed(stage.round, stage.session, signature)
+
+
+def answer_agreement(site: Site, stage: Agreement) -> Revealed:
+    """Help to take the masks off the sum, if so many sites have agreed to it that no other can be.
+
+    Raises:
+        RoundRefused, BadRound
+    """
+    files = _files(site)
+    state = _session(site, files, stage)
+    if "agreed" not in state:
+        raise RoundRefused(f"{site.name}: it has not agreed to a sum in this attempt.")
+    if "revealed" not in state:
+        survivors, context = state["survivors"], _context(state)
+        signers = [
+            member.site
+            for member in _members(state)
+            if member.site in survivors
+            and has_signed_list(
+                stage.signatures.get(member.site, b""), SURVIVORS, survivors, context, member
+            )
+        ]
+        if len(signers) < (needed := threshold(len(site.roster))):
+            raise RoundRefused(
+                f"{site.name}: {len(signers)} sites have agreed to this sum; {needed} must."
+            )
+        # what is left can tell one secret of each site, and not the other one
+        state = {
+            **{name: state[name] for name in ("session", "round", "task", "survivors", "agreed")},
+            "revealed": {
+                name: shares[0] if name in survivors else shares[1]
+                for name, shares in state["shares"].items()
+            },
+        }
         _write(files.session, state)
-    _same(site, survivors, state["survivors"], "survivors")
-    revealed = {
-        name: share.seed if name in survivors else share.key for name, share in shares.items()
-    }
+        files.vector.unlink(missing_ok=True)
+    revealed = {name: bytes.fromhex(share) for name, share in state["revealed"].items()}
     return Revealed(stage.round, stage.session, revealed)
 
 
@@ -288,7 +336,6 @@ def _train(
         "sites": sites,
         "loss": update.loss,
         "seconds": update.seconds,
-        "samples_per_second": update.samples_per_second,
         "statement": update.statement.text if update.statement else "",
     }
     metadata = {"fedbrats": json.dumps(about)}
@@ -303,17 +350,17 @@ def _train(
 def _files(site: Site) -> _Files:
     if not site.config.secure_aggregation or site.key is None:
         raise RoundRefused(f"{site.name}: secure aggregation was not agreed on.")
-    folder = site.folder / "secure"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder = site.folder / "secure" / (site.federation or "simulation")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return _Files(folder)
 
 
-def _needed(site: Site, members: int) -> int:
-    """Of how many of a round's sites the sum must be."""
-    return max(threshold(members), fewest_sites(site.config))
+def _key(site: Site) -> ec.EllipticCurvePrivateKey:
+    assert site.key is not None
+    return load_private_key(site.key)
 
 
-def _session(site: Site, files: _Files, stage: Adverts | Sealed | Survivors) -> dict[str, Any]:
+def _session(site: Site, files: _Files, stage: Stage) -> dict[str, Any]:
     state = _read(files.session)
     if (state.get("session"), state.get("round")) != (stage.session, stage.round):
         raise RoundRefused(f"{site.name}: it is not in this attempt at round {stage.round}.")
@@ -332,8 +379,9 @@ def _adverts(state: Mapping[str, Any]) -> list[Advert]:
     return [Advert(text, bytes.fromhex(signature)) for text, signature in state["adverts"]]
 
 
-def _members(site: Site, state: Mapping[str, Any]) -> list[Member]:
-    return members_of(_adverts(state), _about(state), site.roster, fewest_sites(site.config))
+def _members(state: Mapping[str, Any]) -> list[Member]:
+    """They were checked when they came; the roster may have changed since."""
+    return members_of(_adverts(state), _about(state), None, 1)
 
 
 def _context(state: Mapping[str, Any]) -> bytes:

@@ -162,6 +162,13 @@ class Rounds(Section):
         description="measure and keep an exponential moving average of the rounds' models (0: off)",
     )
 
+    @field_validator("trim")
+    @classmethod
+    def _cuts_something(cls, value: float) -> float:
+        if 0 < value < 0.01:
+            raise ValueError("must be 0, or at least 0.01: less leaves nothing out of 100 sites")
+        return value
+
 
 class Privacy(Section):
     """How a site trains that asks for differential privacy; its budget is its own (site.yaml)."""

@@ -23,7 +23,7 @@ import torch
 from common.weights import BadWeights, Weights
 
 MOST_COUNTED = 1024  # subjects: a site with more weighs as much as one with so many
-SMALLEST_BOUND = 4.0  # of a change; a bias begins at 0 and must be free to move
+SMALLEST_BOUND = 1.0  # of a change; a bias begins at 0 and must be free to move
 COUNTER_BOUND = 2.0**16  # of whole numbers (BatchNorm's batches): they grow by the steps of a round
 BLOCK = 1 << 16  # values at a time
 

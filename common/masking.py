@@ -1,11 +1,12 @@
 """The cryptography of secure aggregation, for one round: keys, masks, shares. No messages here.
 
 The protocol is that of Bonawitz et al. 2017 (doi:10.1145/3133956.3133982) with keys signed by the
-enrolled site keys. Each site makes two X25519 key pairs and a random seed for the round. Every two
-sites derive a mask that one adds and the other subtracts, so that masks cancel in the sum; each
-site adds a mask from its own seed, too, so that a late vector of a site that was given up reveals
-nothing. Seed and masking key are split among the sites (Shamir, over GF(2^128), PyCryptodome): of a
-site that contributed the seed is put together again, of one that dropped out the key, of none both.
+enrolled site keys, and its rounds of agreement against a server that tells sites different things.
+Each site makes two X25519 key pairs and a random seed for the round. Every two sites derive a mask
+that one adds and the other subtracts, so that masks cancel in the sum; each site adds a mask from its
+own seed, too, so that a late vector of a site that was given up reveals nothing. Seed and masking key
+are split among the sites (Shamir, over GF(2^128), PyCryptodome): of a site that contributed the seed
+is put together again, of one that dropped out the key, of none both.
 
 Every derived key depends on all adverts of the round (`context`): sites that were shown different
 lists get masks that do not cancel and shares that do not open.
@@ -34,6 +35,7 @@ from common.config import FederationConfig
 from common.keys import BadKey, fingerprint, parse_public_key, public_line
 
 FEWEST_SITES = 3  # in a sum: with two, each would know the other's update
+PRESENT, SURVIVORS = "present", "survivors"  # lists that sites agree on: masked towards, in the sum
 KEYS = "sealing", "masking", "seed_hash"  # of an advert: two public keys and a commitment
 SECRET = 32  # bytes of a seed and of an X25519 private key
 CHUNK = 16  # bytes: what Shamir's scheme over GF(2^128) splits at a time
@@ -44,40 +46,30 @@ class BadRound(ValueError):
     """What somebody sent does not belong to an honest round; the text says what is wrong."""
 
 
-def fewest_sites(config: FederationConfig) -> int:
-    """Of how many sites a sum must be at least, by the agreed configuration."""
-    return max(config.rounds.min_sites or FEWEST_SITES, FEWEST_SITES)
-
-
 def threshold(sites: int) -> int:
-    """How many sites must help to unmask: more than two thirds of those whose keys are in the round.
+    """How many of the `sites` in the roster must help to unmask: more than two thirds of them.
 
-    Every site reveals either a share of a site's seed or one of its key. So a server that lies about
-    who dropped out needs 2 t shares of two kinds from n sites, of which only those that collude with
-    it give both: n + c < 2 t keeps every site's update hidden from it and c colluding sites.
+    A site signs one list of contributing sites a round and reveals its shares only for a list that so
+    many have signed. Two lists would need 2 t signatures, of which only colluding sites give two: with
+    c colluders, n + c < 2 t leaves one list, so one sum, a round, however many attempts are made.
     """
     return max(2 * sites // 3 + 1, FEWEST_SITES)
 
 
+def fewest_in_sum(config: FederationConfig, sites: int) -> int:
+    """Of how many of the `sites` in the roster a sum must be at least."""
+    return max(threshold(sites), config.rounds.min_sites or 0)
+
+
 def most_dropouts(sites: int) -> int:
-    """How many sites may vanish, at any stage after their keys were sent."""
+    """How many of the roster's sites may be missing from a round, from whatever stage on."""
     return sites - threshold(sites)
 
 
 def most_colluders(sites: int) -> int:
-    """How many sites, together with a server that breaks the protocol, still learn no other's update.
-
-    One less than with which 2 t shares could be had (`threshold`), and few enough that every sum
-    holds two sites that do not collude.
-    """
+    """How many sites, together with a server that breaks the protocol, still learn no other's update
+    from a round: there is one sum (`threshold`), and two sites in it do not collude."""
     return min(2 * threshold(sites) - sites - 1, threshold(sites) - 2)
-
-
-def colluders_withstood(config: FederationConfig, sites: int) -> int:
-    """`most_colluders` of the weakest round that sites of this configuration agree to: a server may
-    choose how many of the `sites` in the roster it asks."""
-    fewest = fewest_sites(config)
-    return min(map(most_colluders, range(fewest, max(sites, fewest) + 1)))
 
 
 # ----------------------------------------------------------------------------------------- keys
@@ -127,9 +119,10 @@ class Advert:
 
 @dataclass(frozen=True)
 class Member:
-    """A site of the round whose advert was checked; `site` is its key's fingerprint."""
+    """A site of the round whose advert was checked; `site` is the fingerprint of its `key`."""
 
     site: str
+    key: ec.EllipticCurvePublicKey
     sealing: bytes
     masking: bytes
     seed_hash: bytes
@@ -184,11 +177,13 @@ def check_advert(
     for name, value in about.items():
         if document.get(name) != value:
             raise BadRound(f"{site} signed its keys for another {name}.")
-    return Member(site, **keys)
+    for name in ("sealing", "masking"):  # here, where its owner can be named
+        _exchange(X25519PrivateKey.generate().private_bytes_raw(), keys[name])
+    return Member(site, key, **keys)
 
 
 def members_of(
-    adverts: Sequence[Advert], about: About, roster: Sequence[str], fewest: int
+    adverts: Sequence[Advert], about: About, roster: Collection[str] | None, fewest: int
 ) -> list[Member]:
     """The sites of a round, in the order of their fingerprints.
 
@@ -208,6 +203,27 @@ def members_of(
 def context_of(adverts: Sequence[Advert]) -> bytes:
     """32 bytes that stand for all adverts of a round, in whatever order they came."""
     return hashlib.sha256(json.dumps(sorted(a.text for a in adverts)).encode()).digest()
+
+
+def sign_list(
+    what: str, sites: Collection[str], context: bytes, key: ec.EllipticCurvePrivateKey
+) -> bytes:
+    """A site's word, for this round, that these are the sites that are `what` (PRESENT, SURVIVORS)."""
+    return key.sign(_list(what, sites, context), ec.ECDSA(hashes.SHA384()))
+
+
+def has_signed_list(
+    signature: bytes, what: str, sites: Collection[str], context: bytes, member: Member
+) -> bool:
+    try:
+        member.key.verify(signature, _list(what, sites, context), ec.ECDSA(hashes.SHA384()))
+    except InvalidSignature:
+        return False
+    return True
+
+
+def _list(what: str, sites: Collection[str], context: bytes) -> bytes:
+    return json.dumps(["fedbrats", what, context.hex(), sorted(sites)]).encode()
 
 
 # ---------------------------------------------------------------------------------------- masks
@@ -284,9 +300,8 @@ class Shares:
     key: bytes
 
 
-def split_secrets(secrets: RoundSecrets, sites: int) -> list[Shares]:
-    """One site's secrets in `sites` shares, any `threshold` of which tell them and fewer nothing."""
-    needed = threshold(sites)
+def split_secrets(secrets: RoundSecrets, sites: int, needed: int) -> list[Shares]:
+    """One site's secrets in `sites` shares, any `needed` of which tell them and fewer nothing."""
     chunks = [
         [share for _, share in Shamir.split(needed, sites, secret[begin : begin + CHUNK], False)]
         for secret in (secrets.seed, secrets.masking)
@@ -296,7 +311,7 @@ def split_secrets(secrets: RoundSecrets, sites: int) -> list[Shares]:
 
 
 def combine_shares(shares: Mapping[int, bytes]) -> bytes:
-    """The secret of 32 bytes; `shares` are at least `threshold` many, by the place (from 0) of their
+    """The secret of 32 bytes; `shares` are as many as are needed, by the place (from 0) of their
     holders among the members."""
     parts = [
         Shamir.combine(
@@ -342,14 +357,18 @@ def _public(private: bytes) -> bytes:
 
 def _agreed(private: bytes, public: bytes, purpose: str, context: bytes, *names: str) -> bytes:
     """32 bytes that only the owners of the two keys can derive, for one purpose."""
+    shared = _exchange(private, public)
+    info = json.dumps(["fedbrats", purpose, *names]).encode()
+    return HKDF(hashes.SHA256(), length=32, salt=context, info=info).derive(shared)
+
+
+def _exchange(private: bytes, public: bytes) -> bytes:
     try:
-        shared = X25519PrivateKey.from_private_bytes(private).exchange(
+        return X25519PrivateKey.from_private_bytes(private).exchange(
             X25519PublicKey.from_public_bytes(public)
         )
     except ValueError as error:  # a point of small order: the result would be known to everybody
         raise BadRound("a key of the round is not a proper X25519 key.") from error
-    info = json.dumps(["fedbrats", purpose, *names]).encode()
-    return HKDF(hashes.SHA256(), length=32, salt=context, info=info).derive(shared)
 
 
 def _document(text: str) -> dict[str, Any]:

@@ -1,11 +1,14 @@
-"""What server and sites say in a round of secure aggregation: four questions and their answers.
+"""What server and sites say in a round of secure aggregation: five questions and their answers.
 
 1. The train task, with the round's session beside it; a site that has trained answers with its keys
    of the round (`Trained`), and keeps its update.
 2. `SHARES`: everybody's keys; the answer is a sealed piece of the site's secrets for each other site.
-3. `MASKED`: the pieces sealed for this site; the answer is its masked vector.
-4. `UNMASK`: who contributed; the answer is, of each of them, the site's share of the seed, of each
-   that dropped out, that of the masking key.
+3. `MASKED`: the pieces sealed for this site; the answer is its masked vector, with its signature over
+   the list of sites towards which it is masked.
+4. `AGREE`: whose vectors are in the sum, with their signatures of 3; the answer is a signature over
+   this list, of which a site gives one a round.
+5. `UNMASK`: the signatures of 4; the answer is, of each site in the sum, the share of its seed, of
+   each that dropped out, that of its masking key.
 
 Values and one Flower form each, as in `common.messages`. Who may ask what when is `client.secure_round`.
 """
@@ -29,8 +32,9 @@ from common.statement import Signed, attach, attached
 
 SHARES = f"{MessageType.TRAIN}.shares"
 MASKED = f"{MessageType.TRAIN}.masked"
+AGREE = f"{MessageType.TRAIN}.agree"
 UNMASK = f"{MessageType.TRAIN}.unmask"
-STAGES = SHARES, MASKED, UNMASK
+STAGES = SHARES, MASKED, AGREE, UNMASK
 SESSION = "session"  # the record beside a train task
 VECTOR = "masked"  # the one tensor of a masked block
 LONGEST_LIST = 2**20  # bytes of JSON: thousands of sites
@@ -54,8 +58,7 @@ class Trained:
     round: int
     advert: Advert
     loss: float | None = None
-    seconds: float | None = None
-    samples_per_second: float | None = None
+    seconds: float | None = None  # without the throughput, for the two tell the number of subjects
     statement: Signed | None = None
 
 
@@ -83,14 +86,31 @@ class Sealed(Stage):
 
 @dataclass(frozen=True)
 class Masked(Stage):
+    """`signature` is over the list of sites towards which the vector is masked."""
+
     vector: np.ndarray
+    signature: bytes
 
 
 @dataclass(frozen=True)
 class Survivors(Stage):
-    """To a site: whose vectors are in the sum."""
+    """To a site: whose vectors are in the sum, with the signature that came with each."""
 
-    sites: tuple[str, ...]
+    signatures: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class Agreed(Stage):
+    """From a site: its signature over the list of survivors."""
+
+    signature: bytes
+
+
+@dataclass(frozen=True)
+class Agreement(Stage):
+    """To a site: the survivors' signatures over their list."""
+
+    signatures: Mapping[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -121,7 +141,7 @@ def session_of(content: RecordDict) -> Session | None:
 
 def pack_trained(trained: Trained) -> RecordDict:
     told = {"site": trained.site, "round": trained.round}
-    numbers = {n: getattr(trained, n) for n in ("loss", "seconds", "samples_per_second")}
+    numbers = {name: getattr(trained, name) for name in ("loss", "seconds")}
     told |= {name: value for name, value in numbers.items() if value is not None}
     keys = {"advert": trained.advert.text, "signature": trained.advert.signature}
     content = RecordDict({"about": ConfigRecord(told), "keys": ConfigRecord(keys)})
@@ -142,7 +162,6 @@ def unpack_trained(content: RecordDict) -> Trained:
         advert=Advert(_short(keys, "advert"), value_of(keys, "signature", bytes)),
         loss=told("loss"),
         seconds=told("seconds"),
-        samples_per_second=told("samples_per_second"),
         statement=attached(content),
     )
 
@@ -172,7 +191,9 @@ def unpack_sealed(content: RecordDict) -> Sealed:
 def pack_masked(stage: Masked) -> RecordDict:
     block = save({VECTOR: stage.vector})
     array = Array("uint8", (len(block),), STYPE, block)
-    return RecordDict({"about": _about(stage), "masked": ArrayRecord({BLOCK: array})})
+    signed = ConfigRecord({"signature": stage.signature})
+    masked = ArrayRecord({BLOCK: array})
+    return RecordDict({"about": _about(stage), "masked": masked, "present": signed})
 
 
 def unpack_masked(content: RecordDict) -> Masked:
@@ -186,7 +207,8 @@ def unpack_masked(content: RecordDict) -> Masked:
     vector = tensors.get(VECTOR)
     if len(tensors) != 1 or vector is None or vector.dtype != np.uint32 or vector.ndim != 1:
         raise BadMessage("the message holds another tensor than a masked vector.")
-    return Masked(*_stage(content), vector)
+    signed = record_of(content, "present", ConfigRecord)
+    return Masked(*_stage(content), vector, value_of(signed, "signature", bytes))
 
 
 def masked_bytes(content: RecordDict) -> int:
@@ -196,12 +218,29 @@ def masked_bytes(content: RecordDict) -> int:
 
 
 def pack_survivors(stage: Survivors) -> RecordDict:
-    return RecordDict({"about": _about(stage), "survivors": _listed(sorted(stage.sites))})
+    return RecordDict({"about": _about(stage), "survivors": _by_site(stage.signatures)})
 
 
 def unpack_survivors(content: RecordDict) -> Survivors:
-    sites = _read(content, "survivors", lambda stored: tuple(str(site) for site in stored))
-    return Survivors(*_stage(content), sites)
+    return Survivors(*_stage(content), _read(content, "survivors", _bytes_by_site))
+
+
+def pack_agreed(stage: Agreed) -> RecordDict:
+    signed = ConfigRecord({"signature": stage.signature})
+    return RecordDict({"about": _about(stage), "agreed": signed})
+
+
+def unpack_agreed(content: RecordDict) -> Agreed:
+    signed = record_of(content, "agreed", ConfigRecord)
+    return Agreed(*_stage(content), value_of(signed, "signature", bytes))
+
+
+def pack_agreement(stage: Agreement) -> RecordDict:
+    return RecordDict({"about": _about(stage), "agreement": _by_site(stage.signatures)})
+
+
+def unpack_agreement(content: RecordDict) -> Agreement:
+    return Agreement(*_stage(content), _read(content, "agreement", _bytes_by_site))
 
 
 def pack_revealed(stage: Revealed) -> RecordDict:

@@ -70,6 +70,8 @@ def terms_from(document: Mapping[str, Any]) -> Terms:
         isinstance(mark, str) and re.fullmatch(FINGERPRINT, mark) for mark in roster
     ):
         raise BadTerms("the roster is no list of keys' fingerprints.")
+    if len(set(roster)) != len(roster):
+        raise BadTerms("a key is in the roster twice.")
     try:
         return Terms(federation, code, FederationConfig.model_validate(config), tuple(roster))
     except ValidationError as error:

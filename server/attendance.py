@@ -101,7 +101,7 @@ class Attendance:
             )
             if enough and not gathering and not self._is_answering(sites):
                 break
-            fewest = fewest_to_aggregate(self.terms.config)
+            fewest = fewest_to_aggregate(self.terms.config, roll)
             if nobody_trains(roll, fewest) and not self._is_answering(sites):
                 if history.rounds():  # they are the result
                     break

@@ -49,8 +49,13 @@ class RunFolder:
 
     @property
     def secure_sum(self) -> Path:
-        """The unmasked mean of the round that is going on: its sites will not unmask another."""
+        """The unmasked mean of the round that is going on: its sites agree to no other."""
         return self.path / "secure-sum.safetensors"
+
+    @property
+    def masked_sum(self) -> Path:
+        """The same before it was unmasked, while sites are asked to agree to it."""
+        return self.path / "masked-sum.safetensors"
 
     @property
     def updates(self) -> Path:

@@ -69,7 +69,9 @@ def refuse_report(report: SiteReport, card: SiteCard, number: int) -> str:
 
 
 def _refuse_numbers(said: SiteUpdate | Trained) -> str:
-    told = said.loss, said.seconds, said.samples_per_second
+    told = [said.loss, said.seconds]
+    if isinstance(said, SiteUpdate):
+        told.append(said.samples_per_second)
     if not all(x is None or abs(x) <= LARGEST for x in told):
         return "its training loss, time or throughput is not a possible number."
     return ""

@@ -53,6 +53,7 @@ from server.replies import refuse_report
 from server.roll_call import FederationFailed, Roll, by_site, call_roll, nobody_trains, same_run
 from server.schedule import learning_rate, should_stop
 from server.secure_round import gather_secure_sum
+from server.secure_state import begun, forget
 from server.shown_names import shown_names
 from server.updates import fewest_to_aggregate, gather_updates, sites_needed
 
@@ -105,8 +106,9 @@ def run_rounds(
             number = len(done) + 1
             try:
                 roll = present(number)
-                if done and nobody_trains(roll, fewest_to_aggregate(config)):
-                    _say_the_end(history, config, len(done), roll.resting)
+                fewest = fewest_to_aggregate(config, roll)
+                if done and nobody_trains(roll, fewest) and not begun(folder, number):
+                    _say_the_end(history, config, len(done), roll.resting, fewest)
                     break
                 models, record, statements = _one_round(
                     grid, config, folder, roll, number, rate, models
@@ -114,7 +116,7 @@ def run_rounds(
             except _AllSpent as spent:
                 if not done:
                     raise FederationFailed(str(spent)) from None
-                _say_the_end(history, config, len(done), spent.reasons)
+                _say_the_end(history, config, len(done), spent.reasons, 1)
                 break
             except _TooFew as few:
                 history.record_failure(number, few.reasons)
@@ -125,7 +127,7 @@ def run_rounds(
                 continue
             failed = 0
             history.record_round(record, statements)
-            folder.secure_sum.unlink(missing_ok=True)
+            forget(folder)
             _tell_who_withholds(record, done)
             done.append(record)
             losses = comparable_losses(done)
@@ -190,12 +192,12 @@ class _AllSpent(Exception):
 
 
 def _say_the_end(
-    history: History, config: FederationConfig, rounds: int, reasons: Mapping[str, str]
+    history: History, config: FederationConfig, rounds: int, reasons: Mapping[str, str], fewest: int
 ) -> None:
     """Rounds that nobody can pay for any more do not take place; those before are the result."""
     why = "every site that could train has spent its privacy budget"
-    if (needed := fewest_to_aggregate(config)) > 1:
-        why = f"fewer than the {needed} sites that are needed have a privacy budget left"
+    if fewest > 1:
+        why = f"fewer than the {fewest} sites that are needed have a privacy budget left"
     history.note("ended", {"after_round": rounds, "why": why})
     text = (
         f"training ends after round {rounds} of {config.rounds.number}: {why}\n{by_site(reasons)}"
@@ -215,24 +217,27 @@ def _one_round(
     begin = time.monotonic()
     decay = config.rounds.average_decay
     task = TrainTask(number, config.fingerprint(), rate, models.raw)
-    if roll.training:  # if nobody trains, it is said below why
-        _enough_to_aggregate(config, number, len(roll.training), {**roll.absent, **roll.resting})
+    # if nobody trains, it is said below why; and a round that is half aggregated needs no training
+    if roll.training and not begun(folder, number):
+        others = {**roll.absent, **roll.resting}
+        _enough_to_aggregate(config, roll, number, len(roll.training), others)
     if config.secure_aggregation:
         gathered = gather_secure_sum(grid, config, folder, roll, task)
     else:
         gathered = gather_updates(grid, config, roll, task, folder.updates)
     contributions, spent = gathered.contributions, gathered.spent
+    told = {c.site for c in contributions}  # of a sum that was begun before, also who is gone now
     for site, why in roll.absent.items():
-        contributions.append(Contribution(site, trained=False, reason=why))
+        if site not in told:
+            contributions.append(Contribution(site, trained=False, reason=why))
     missing = {c.site: c.reason for c in contributions if not c.trained}
-    resting = {**roll.resting, **spent}
+    resting = {s: why for s, why in {**roll.resting, **spent}.items() if s not in told}
     if resting and not contributions:
         raise _AllSpent(resting)
-    needed = sites_needed(config, len(contributions), len(spent))
+    needed = sites_needed(config, roll, len(contributions), len(spent))
     _enough(number, "train", needed, len(contributions), missing, spent)
-    _enough_to_aggregate(
-        config, number, len(contributions) - len(missing), {**missing, **gathered.spent}
-    )
+    good = len(contributions) - len(missing)
+    _enough_to_aggregate(config, roll, number, good, {**missing, **gathered.spent})
     assert gathered.weights is not None
     # a site that rests is none that the round needs
     contributions += [Contribution(s, trained=False, reason=why) for s, why in resting.items()]
@@ -375,10 +380,10 @@ def _enough(
 
 
 def _enough_to_aggregate(
-    config: FederationConfig, number: int, good: int, missing: Mapping[str, str]
+    config: FederationConfig, roll: Roll, number: int, good: int, missing: Mapping[str, str]
 ) -> None:
     """Asked before the sites train too: work that cannot be used is not asked for."""
-    needed = fewest_to_aggregate(config)
+    needed = fewest_to_aggregate(config, roll)
     if good < needed:
         way = f"rounds.aggregation: {config.rounds.aggregation}"
         why = f" for {'secure_aggregation' if config.secure_aggregation else way}"

@@ -11,7 +11,7 @@ from flwr.app import MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from common.config import FederationConfig, Rounds
-from common.masking import fewest_sites
+from common.masking import fewest_in_sum
 from common.messages import (
     SiteUpdate,
     TrainTask,
@@ -47,12 +47,20 @@ class Gathered:
     statements: list[GivenStatement] = field(default_factory=list)
 
 
-def fewest_to_aggregate(config: FederationConfig) -> int:
+def roster_size(roll: Roll) -> int:
+    """For secure aggregation: of how many sites two thirds must take part. A simulation's roster is
+    of all that ever train."""
+    return len(roll.roster) or len(roll.training) + len(roll.resting) + len(roll.absent)
+
+
+def fewest_to_aggregate(config: FederationConfig, roll: Roll) -> int:
     """Without so many good updates no model can be made of them, whatever `rounds.min_sites` says."""
-    return fewest_sites(config) if config.secure_aggregation else fewest_updates(config.rounds)
+    if config.secure_aggregation:
+        return fewest_in_sum(config, roster_size(roll))
+    return fewest_updates(config.rounds)
 
 
-def sites_needed(config: FederationConfig, asked: int, spent: int) -> int:
+def sites_needed(config: FederationConfig, roll: Roll, asked: int, spent: int) -> int:
     """How many good updates make a round; by default those of every site that was asked.
 
     `spent` further sites have answered that their privacy budget is spent: nobody waits for them, and
@@ -61,7 +69,7 @@ def sites_needed(config: FederationConfig, asked: int, spent: int) -> int:
     needed = asked
     if config.rounds.min_sites is not None:
         needed = min(config.rounds.min_sites, asked + spent)
-    return max(needed, fewest_sites(config) if config.secure_aggregation else 1)
+    return max(needed, fewest_to_aggregate(config, roll) if config.secure_aggregation else 1)
 
 
 def gather_updates(

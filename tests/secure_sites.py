@@ -20,6 +20,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from client.secure_round import (
     RoundRefused,
     answer_adverts,
+    answer_agreement,
     answer_sealed,
     answer_survivors,
     answer_task,
@@ -30,15 +31,18 @@ from common.keys import fingerprint, new_private_key, save_private_key
 from common.masking import BadRound
 from common.messages import SiteCard, SiteUpdate, TrainTask, task_hash, unpack_train_task
 from common.secure_messages import (
+    AGREE,
     MASKED,
     SHARES,
     UNMASK,
+    pack_agreed,
     pack_masked,
     pack_revealed,
     pack_sealed,
     pack_trained,
     session_of,
     unpack_adverts,
+    unpack_agreement,
     unpack_sealed,
     unpack_survivors,
 )
@@ -138,8 +142,10 @@ class Hospitals:
             return pack_sealed(answer_adverts(site, unpack_adverts(content)))
         if stage == MASKED:
             return pack_masked(answer_sealed(site, unpack_sealed(content)))
+        if stage == AGREE:
+            return pack_agreed(answer_survivors(site, unpack_survivors(content)))
         if stage == UNMASK:
-            return pack_revealed(answer_survivors(site, unpack_survivors(content)))
+            return pack_revealed(answer_agreement(site, unpack_agreement(content)))
         task = unpack_train_task(content)
         session = session_of(content)
         assert session is not None

@@ -52,9 +52,8 @@ def test_what_secure_aggregation_promises_and_what_holds_without_it(private):
     config = FederationConfig(secure_aggregation=True, rounds=Rounds(min_sites=5))
     roster = tuple(f"SHA256:{letter * 43}" for letter in "ABCDEFGHIJ")
     on = of_aggregation(Terms("f", "c", config, roster), private=private)
-    assert "of at least 5 of the 10 sites" in on
-    # with 5 to 10 sites in a round, the fewest that a dishonest server could need
-    assert "no more than 2 of them collude" in on
+    assert "of at least 7 of the 10 sites" in on
+    assert "no more than 3 of them collude" in on
     assert "as if it were off" in on
     for off in (None, Terms("f", "c", FederationConfig())):
         assert "is off: the coordinator sees this site's own update" in of_aggregation(

@@ -28,9 +28,10 @@ def test_a_vector_is_what_its_definition_says() -> None:
     base = {"b": torch.tensor([0.5, -0.25]), "a": torch.tensor([[1.0], [2.0]])}
     update = {"b": torch.tensor([0.75, -0.5]), "a": torch.tensor([[1.0], [1.0]])}
     got = encode_vector(update, base, subjects=7, sites=3)
-    s = 2.0 ** math.floor(math.log2(((2**31 - 1) / 3 - 1) / (1024 * 4.0)))
-    changes = [0.0, -1.0, 0.25, -0.25]  # a before b
-    assert got.vector.tolist() == [int(7 * s * c) % 2**32 for c in changes] + [7]
+    room = ((2**31 - 1) / 3 - 1) / 1024
+    s = {n: 2.0 ** math.floor(math.log2(room / bound)) for n, bound in (("a", 4.0), ("b", 1.0))}
+    changes = ("a", 0.0), ("a", -1.0), ("b", 0.25), ("b", -0.25)  # a before b
+    assert got.vector.tolist() == [int(7 * s[n] * c) % 2**32 for n, c in changes] + [7]
     assert got.cut == 0
 
 
@@ -77,11 +78,11 @@ def test_the_error_of_a_mean_is_within_its_bound() -> None:
 
 def test_changes_beyond_the_bound_are_cut_off_and_counted() -> None:
     base = {"a": torch.zeros(3)}
-    update = {"a": torch.tensor([9.0, -7.0, 3.0])}
+    update = {"a": torch.tensor([9.0, -7.0, 0.5])}
     encoded = encode_vector(update, base, 2, 3)
     assert encoded.cut == 2
     mean, _ = decode_sum(encoded.vector, base, 3)
-    assert mean["a"].tolist() == pytest.approx([SMALLEST_BOUND, -SMALLEST_BOUND, 3.0])
+    assert mean["a"].tolist() == pytest.approx([SMALLEST_BOUND, -SMALLEST_BOUND, 0.5])
 
 
 def test_more_subjects_than_are_counted_weigh_as_the_most() -> None:

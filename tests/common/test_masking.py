@@ -20,6 +20,8 @@ from common.config import FederationConfig, Rounds
 from common.keys import fingerprint, new_private_key
 from common.masking import (
     FEWEST_SITES,
+    PRESENT,
+    SURVIVORS,
     About,
     Advert,
     BadRound,
@@ -30,7 +32,8 @@ from common.masking import (
     check_advert,
     combine_shares,
     context_of,
-    fewest_sites,
+    fewest_in_sum,
+    has_signed_list,
     is_masking_key_of,
     is_seed_of,
     mask_vector,
@@ -41,11 +44,13 @@ from common.masking import (
     pair_seed,
     roster_hash,
     seal,
+    sign_list,
     split_secrets,
     threshold,
     unmask_sum,
     unseal,
 )
+from common.statement import sign
 
 ABOUT = About("f0", 3, "5e55", "7a5c", roster_hash(["SHA256:x"]), 5)
 
@@ -81,14 +86,14 @@ def test_secrets_have_256_bits_and_are_never_the_same() -> None:
     assert counts.max() < 60, "4800 bytes of 256 values: about 19 of each"
 
 
-def test_thresholds_leave_no_way_to_two_kinds_of_shares() -> None:
-    """By counting: what a server that lies can have told, with so many sites on its side."""
+def test_thresholds_leave_no_way_to_two_lists_of_a_round() -> None:
+    """By counting: how many signatures a server that lies can have, with so many sites on its side."""
     for n in range(FEWEST_SITES, 60):
         t, c = threshold(n), most_colluders(n)
         assert FEWEST_SITES <= t <= n
         assert most_dropouts(n) == n - t
         assert 3 * t > 2 * n
-        # every honest site tells one kind, each colluding one both: t of each kind cannot be had
+        # every honest site signs one list, each colluding one both: t for each cannot be had
         assert (n - c) + 2 * c < 2 * t
         assert c <= t - 2, "two sites of every sum do not collude"
         assert (n - (c + 1)) + 2 * (c + 1) >= 2 * t or c + 1 > t - 2, "and it is no understatement"
@@ -96,9 +101,24 @@ def test_thresholds_leave_no_way_to_two_kinds_of_shares() -> None:
     assert [most_colluders(n) for n in (3, 4, 10, 23)] == [1, 1, 3, 8]
 
 
-def test_the_agreed_minimum_of_sites_counts_but_never_fewer_than_three() -> None:
-    for given, expected in ((None, 3), (1, 3), (2, 3), (4, 4), (20, 20)):
-        assert fewest_sites(FederationConfig(rounds=Rounds(min_sites=given))) == expected
+def test_a_sum_is_of_two_thirds_of_the_roster_and_of_the_agreed_minimum() -> None:
+    for given, sites, expected in ((None, 3, 3), (2, 3, 3), (None, 10, 7), (9, 10, 9), (4, 23, 16)):
+        config = FederationConfig(rounds=Rounds(min_sites=given))
+        assert fewest_in_sum(config, sites) == expected
+
+
+def test_a_list_is_signed_for_one_purpose_and_one_round(parties: list[Party]) -> None:
+    member, party, context = members(parties)[0], parties[0], bytes(32)
+    signed = sign_list(PRESENT, ["b", "a"], context, party.key)
+    assert has_signed_list(signed, PRESENT, ["a", "b"], context, member), "in whatever order"
+    for what, sites, about, who in (
+        (SURVIVORS, ["a", "b"], context, member),
+        (PRESENT, ["a"], context, member),
+        (PRESENT, ["a", "b"], b"x" * 32, member),
+        (PRESENT, ["a", "b"], context, members(parties)[1]),
+    ):
+        assert not has_signed_list(signed, what, sites, about, who)
+    assert not has_signed_list(b"", PRESENT, ["a", "b"], context, member)
 
 
 def test_a_mask_is_aes_in_counter_mode() -> None:
@@ -178,7 +198,7 @@ def test_masks_towards_sites_that_vanished_are_taken_off(
 @pytest.mark.parametrize("sites", [3, 4, 10, 23])
 def test_any_threshold_of_shares_tells_the_secrets_and_fewer_do_not(sites: int) -> None:
     secrets, t = new_secrets(), threshold(sites)
-    shares = split_secrets(secrets, sites)
+    shares = split_secrets(secrets, sites, t)
     assert len(shares) == sites
     for begin in range(sites - t + 1):
         held = {place: shares[place] for place in range(begin, begin + t)}
@@ -193,7 +213,7 @@ def test_only_the_recipient_opens_shares_and_changes_show(parties: list[Party]) 
     a, b, c = members(parties)[:3]
     first, second, third = parties[:3]
     context = context_of([p.advert for p in parties])
-    shares = split_secrets(first.secrets, 5)[1]
+    shares = split_secrets(first.secrets, 5, 4)[1]
     sealed = seal(shares, first.secrets.sealing, first.mark, b, context)
     assert shares.seed not in sealed
     assert unseal(sealed, second.secrets.sealing, second.mark, a, context) == shares
@@ -274,9 +294,14 @@ def test_a_round_is_of_different_sites_with_different_keys_and_enough_of_them(
 
 def test_a_key_of_small_order_is_refused(parties: list[Party]) -> None:
     """Its secret with anybody is known to everybody: all zeros."""
-    weak = Member("SHA256:weak", bytes(32), bytes(32), bytes(32))
+    weak = Member("SHA256:weak", parties[1].key.public_key(), bytes(32), bytes(32), bytes(32))
     with pytest.raises(BadRound, match="proper"):
         pair_seed(parties[0].secrets.masking, parties[0].mark, weak, bytes(32))
+    document = json.loads(parties[1].advert.text) | {"masking": bytes(32).hex()}
+    text = json.dumps(document, sort_keys=True)
+    forged = Advert(text, sign(text, parties[1].key))
+    with pytest.raises(BadRound, match="proper"):  # at its owner's advert, so that it can be named
+        check_advert(forged, vars(ABOUT), roster(parties))
 
 
 def test_context_is_of_all_adverts_in_any_order(parties: list[Party]) -> None:

@@ -11,6 +11,8 @@ from common.masking import Advert
 from common.messages import BLOCK, STYPE, BadMessage
 from common.secure_messages import (
     Adverts,
+    Agreed,
+    Agreement,
     Masked,
     Revealed,
     Sealed,
@@ -19,6 +21,8 @@ from common.secure_messages import (
     Trained,
     masked_bytes,
     pack_adverts,
+    pack_agreed,
+    pack_agreement,
     pack_masked,
     pack_revealed,
     pack_sealed,
@@ -27,6 +31,8 @@ from common.secure_messages import (
     put_session,
     session_of,
     unpack_adverts,
+    unpack_agreed,
+    unpack_agreement,
     unpack_masked,
     unpack_revealed,
     unpack_sealed,
@@ -41,7 +47,9 @@ EACH = [
     (Trained("Oslo", 3, ADVERTS[0]), pack_trained, unpack_trained),
     (Adverts(*STAGE, ADVERTS), pack_adverts, unpack_adverts),
     (Sealed(*STAGE, {"a": b"\x01", "b": b""}), pack_sealed, unpack_sealed),
-    (Survivors(*STAGE, ("a", "b")), pack_survivors, unpack_survivors),
+    (Survivors(*STAGE, {"a": b"x", "b": b""}), pack_survivors, unpack_survivors),
+    (Agreed(*STAGE, b"signed"), pack_agreed, unpack_agreed),
+    (Agreement(*STAGE, {"a": b"x"}), pack_agreement, unpack_agreement),
     (Revealed(*STAGE, {"a": bytes(32)}), pack_revealed, unpack_revealed),
 ]
 each = pytest.mark.parametrize(("value", "pack", "unpack"), EACH)
@@ -54,9 +62,9 @@ def test_what_is_packed_is_unpacked(value, pack, unpack):
 
 def test_a_masked_vector_keeps_every_value_and_tells_its_size():
     vector = np.array([0, 1, 2**31, 2**32 - 1], np.uint32)
-    content = pack_masked(Masked(*STAGE, vector))
+    content = pack_masked(Masked(*STAGE, vector, b"signed"))
     got = unpack_masked(content)
-    assert (got.round, got.session) == STAGE
+    assert (got.round, got.session, got.signature) == (*STAGE, b"signed")
     assert got.vector.dtype == np.uint32
     assert got.vector.tolist() == vector.tolist()
     assert masked_bytes(content) == len(save({"masked": vector}))
@@ -98,7 +106,7 @@ def test_lists_of_another_form_are_refused(name, text):
 
 
 def test_a_list_without_end_is_refused():
-    content = pack_survivors(Survivors(*STAGE, ()))
+    content = pack_survivors(Survivors(*STAGE, {}))
     content["survivors"] = ConfigRecord({"json": "[" + '"a",' * 400_000 + '"a"]'})
     with pytest.raises(BadMessage, match="longer"):
         unpack_survivors(content)
@@ -116,7 +124,7 @@ def test_a_list_without_end_is_refused():
     ],
 )
 def test_what_is_no_masked_vector_is_refused(block):
-    content = pack_masked(Masked(*STAGE, np.zeros(3, np.uint32)))
+    content = pack_masked(Masked(*STAGE, np.zeros(3, np.uint32), b""))
     content["masked"] = ArrayRecord({BLOCK: Array("uint8", (len(block),), STYPE, block)})
     with pytest.raises(BadMessage):
         unpack_masked(content)

@@ -299,7 +299,7 @@ def test_when_nobody_can_pay_any_more_the_rounds_so_far_are_the_result(federatio
 def test_when_too_few_can_pay_for_the_aggregation_the_rounds_so_far_are_the_result(federation):
     f = federation("rounds.number=3", "rounds.aggregation=median")
     f.spoil[TRAIN, "bb", 2] = spent
-    with pytest.raises(FederationFailed, match="needed for rounds.aggregation: median"):
+    with pytest.raises(FederationFailed, match=r"needed for rounds\.aggregation: median"):
         f.run()
     f.spoil.clear()
     f.sites["bb"] = replace(f.sites["bb"], trains=False, resting=SPENT)

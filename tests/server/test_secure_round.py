@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from common.masking import (
 )
 from common.messages import TrainTask, pack_train_task, unpack_train_task
 from common.secure_messages import (
+    AGREE,
     MASKED,
     SHARES,
     UNMASK,
@@ -37,20 +39,24 @@ from common.secure_messages import (
     Masked,
     Revealed,
     Sealed,
+    Survivors,
     pack_adverts,
     pack_masked,
     pack_revealed,
     pack_sealed,
+    pack_survivors,
     put_session,
     session_of,
     unpack_adverts,
     unpack_masked,
     unpack_revealed,
     unpack_sealed,
+    unpack_survivors,
 )
 from common.weights import Weights, check_update
 from server.checkpoint import RunFolder
 from server.secure_round import gather_secure_sum
+from server.secure_state import forget
 from server.updates import Gathered
 from tests.secure_sites import (
     LOST,
@@ -117,7 +123,7 @@ def test_the_sum_is_the_plain_weighted_mean(tmp_path: Path, sites: int) -> None:
 
 
 @pytest.mark.parametrize("how", [UNHEARD, LOST])
-@pytest.mark.parametrize("stage", [TRAIN, SHARES, MASKED, UNMASK])
+@pytest.mark.parametrize("stage", [TRAIN, SHARES, MASKED, AGREE, UNMASK])
 @pytest.mark.parametrize("sites", [10, 23])
 def test_as_many_as_promised_may_vanish_at_any_stage(
     tmp_path: Path, sites: int, stage: str, how: str
@@ -126,7 +132,8 @@ def test_as_many_as_promised_may_vanish_at_any_stage(
     gone = random.Random(f"{sites}{stage}{how}").sample(range(sites), most_dropouts(sites))
     grid.faults = {(stage, node): how for node in gone}
     gathered = gather(grid, tmp_path)
-    in_sum = range(sites) if stage == UNMASK else [n for n in range(sites) if n not in gone]
+    late = stage in (AGREE, UNMASK)  # then they are in the sum all the same
+    in_sum = range(sites) if late else [n for n in range(sites) if n not in gone]
     assert contributed(gathered) == list(in_sum)
     assert_is_mean_of(gathered, grid, in_sum)
     named = {c.site: c.reason for c in gathered.contributions if not c.trained}
@@ -145,7 +152,7 @@ def test_sites_may_vanish_at_every_stage_of_one_round(tmp_path: Path, sites: int
     assert_is_mean_of(gathered, grid, in_sum)
 
 
-@pytest.mark.parametrize("stage", [SHARES, MASKED, UNMASK])
+@pytest.mark.parametrize("stage", [SHARES, MASKED, AGREE, UNMASK])
 @pytest.mark.parametrize("sites", SIZES)
 def test_one_more_than_promised_fails_the_round_and_nothing_is_unmasked(
     tmp_path: Path, sites: int, stage: str
@@ -163,6 +170,20 @@ def test_one_more_than_promised_fails_the_round_and_nothing_is_unmasked(
     again = gather(grid, tmp_path)
     assert_is_mean_of(again, grid, range(sites))
     assert sorted(grid.trained) == list(range(sites))
+
+
+def test_a_sum_that_has_begun_is_finished_without_a_site_that_never_comes_back(
+    tmp_path: Path,
+) -> None:
+    """Also without training, and in the run's results that site has contributed."""
+    grid = federation(tmp_path, 4)
+    grid.faults = {(UNMASK, 0): UNHEARD, (UNMASK, 1): UNHEARD}
+    assert gather(grid, tmp_path).weights is None
+    grid.faults = {}
+    gathered = gather(grid, tmp_path, without=[3])
+    assert_is_mean_of(gathered, grid, range(4))
+    assert contributed(gathered) == [0, 1, 2, 3]
+    assert grid.trained == [0, 1, 2, 3]
 
 
 def test_fewer_than_three_are_refused_by_server_and_sites(tmp_path: Path) -> None:
@@ -185,7 +206,7 @@ def test_updates_as_large_as_can_be_do_not_overflow(tmp_path: Path) -> None:
     parts = []
     for _ in range(23):
         largest = {
-            n: w + max(4.0, 2 * float(w.abs().max())) if w.is_floating_point() else w + 2**16
+            n: w + max(1.0, 2 * float(w.abs().max())) if w.is_floating_point() else w + 2**16
             for n, w in base.items()
         }
         parts.append((1024, largest))
@@ -329,7 +350,7 @@ def test_a_sum_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
         said = unpack_masked(content)
         junk = np.random.default_rng(1).integers(0, 2**32, len(said.vector), dtype=np.uint32)
         junk[-1] |= 2**31
-        return pack_masked(Masked(said.round, said.session, junk))
+        return pack_masked(Masked(said.round, said.session, junk, said.signature))
 
     grid.spoil = noise
     gathered = gather(grid, tmp_path)
@@ -344,7 +365,9 @@ def test_a_vector_of_another_length_is_left_out_and_named(tmp_path: Path) -> Non
         if stage != MASKED or node != 1:
             return content
         said = unpack_masked(content)
-        return pack_masked(Masked(said.round, said.session, said.vector[:-1].copy()))
+        return pack_masked(
+            Masked(said.round, said.session, said.vector[:-1].copy(), said.signature)
+        )
 
     grid.spoil = shorten
     gathered = gather(grid, tmp_path)
@@ -378,14 +401,15 @@ def test_a_round_cannot_be_repeated_for_a_sum_of_other_sites(tmp_path: Path) -> 
     """The difference of the two sums would be one site's update."""
     grid = federation(tmp_path, 5)
     assert contributed(gather(grid, tmp_path)) == [0, 1, 2, 3, 4]
-    RunFolder(tmp_path / "run").secure_sum.unlink()  # a server that forgets, or says so
+    forget(RunFolder(tmp_path / "run"))  # a server that forgets, or says so
     without = gather(grid, tmp_path, without=[4])
     assert without.weights is None
-    assert "one site's update" in grid.said[UNMASK, 0]
-    # with the same sites it can: the sum is the same, and nobody trains again
-    again = gather(grid, tmp_path)
-    assert_is_mean_of(again, grid, range(5))
-    assert sorted(grid.trained) == [0, 1, 2, 3, 4]
+    for node in range(4):
+        assert "one site's update could be had" in grid.said[AGREE, node]
+    assert not [s for s, _, _ in grid.seen[-4:] if s == UNMASK]
+    # with the same sites it can: the sum is the same
+    forget(RunFolder(tmp_path / "run"))
+    assert_is_mean_of(gather(grid, tmp_path), grid, range(5))
 
 
 def test_an_aggregated_round_is_not_begun_again_later_or_for_another_task(tmp_path: Path) -> None:
@@ -393,11 +417,71 @@ def test_an_aggregated_round_is_not_begun_again_later_or_for_another_task(tmp_pa
     assert gather(grid, tmp_path, 2).weights is not None
     assert gather(grid, tmp_path, 1).weights is None
     assert "round 2 is aggregated already" in grid.said[TRAIN, 0]
-    RunFolder(tmp_path / "run").secure_sum.unlink()
-    other = task_of({n: w + 1 for n, w in model().items()}, 2)
     folder, config = RunFolder(tmp_path / "run"), grid.sites[0].config
-    assert gather_secure_sum(grid, config, folder, roll_of(grid), other).weights is None
+    forget(folder)
+    other = task_of({n: w + 1 for n, w in model().items()}, 2)
+    assert gather_secure_sum(grid, config, folder, roll_of(grid), other).weights is None  # type: ignore[arg-type]
     assert "for another task" in grid.said[TRAIN, 0]
+
+
+def test_a_site_that_is_told_of_fewer_others_makes_the_others_refuse(tmp_path: Path) -> None:
+    """Its masks towards the rest would be missing, and shares of both kinds could be collected."""
+    grid = federation(tmp_path, 10)
+
+    def fewer(stage: str, node: int, content: RecordDict) -> RecordDict:
+        if stage != MASKED or node != 3:
+            return content
+        asked = unpack_sealed(content)
+        return pack_sealed(Sealed(asked.round, asked.session, dict(list(asked.shares.items())[:6])))
+
+    grid.tamper = fewer
+    with pytest.MonkeyPatch.context() as patch:  # a server that does not look itself
+        patch.setattr("server.secure_round.has_signed_list", lambda *_: True)
+        assert gather(grid, tmp_path).weights is None
+    for node in set(range(10)) - {3}:
+        assert "is masked towards other sites than this one" in grid.said[AGREE, node]
+    assert not [stage for stage, _, _ in grid.seen if stage == UNMASK]
+
+
+def test_different_lists_of_survivors_for_different_sites_unmask_nothing(tmp_path: Path) -> None:
+    grid = federation(tmp_path, 10)
+
+    def lists(stage: str, node: int, content: RecordDict) -> RecordDict:
+        if stage != AGREE:
+            return content
+        asked = unpack_survivors(content)
+        order = sorted(asked.signatures)
+        own = own_mark(grid, node)
+        gone = [mark for mark in (order[:3] if node % 2 else order[-3:]) if mark != own]
+        left = {s: signed for s, signed in asked.signatures.items() if s not in gone}
+        return pack_survivors(Survivors(asked.round, asked.session, left))
+
+    grid.tamper = lists
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("server.secure_round.has_signed_list", lambda *_: True)
+        assert gather(grid, tmp_path).weights is None
+    assert not [stage for stage, _, _ in grid.seen if stage == UNMASK]
+    assert "sites have agreed to this sum; 7 must" in grid.said[UNMASK, 0]
+
+
+def test_several_small_sums_of_one_round_are_refused(tmp_path: Path) -> None:
+    """Of 7 sites in sums of 4, three sums and one colluding site would tell one update."""
+    grid = federation(tmp_path, 7)
+
+    def few(stage: str, node: int, content: RecordDict) -> RecordDict:
+        if stage != SHARES:
+            return content
+        asked = unpack_adverts(content)
+        return pack_adverts(Adverts(asked.round, asked.session, asked.adverts[:4]))
+
+    grid.tamper = few
+    assert gather(grid, tmp_path).weights is None
+    assert "4 of 7 sites are in the round; 5 must be" in grid.said[SHARES, 0]
+
+
+def own_mark(grid: Hospitals, node: int) -> str:
+    key = load_private_key(grid.sites[node].key)  # type: ignore[arg-type]
+    return fingerprint(key.public_key())
 
 
 def test_what_the_server_sees_of_one_site_looks_like_noise(tmp_path: Path) -> None:
@@ -407,30 +491,32 @@ def test_what_the_server_sees_of_one_site_looks_like_noise(tmp_path: Path) -> No
     grid = hospitals(tmp_path / "sites", parts, config_of(min_sites=3))
     folder, config = RunFolder(tmp_path / "run"), grid.sites[0].config
     folder.path.mkdir()
-    grid.faults = {(UNMASK, node): LOST for node in range(3)}  # so that there are two attempts
+    grid.faults = {(MASKED, 2): LOST, (MASKED, 3): LOST}  # so that there are two attempts
     for _ in range(2):
         gather_secure_sum(grid, config, folder, roll_of(grid), task_of(base))
+        grid.faults = {}
     vectors = [unpack_masked(content).vector for stage, _, content in grid.seen if stage == MASKED]
-    assert len(vectors) == 8
+    assert len(vectors) == 6
     for vector in vectors:
         for shift in (0, 8, 16, 24):  # chi-square of each byte, 255 degrees of freedom: 255 +- 23
             counts = np.bincount((vector >> shift) & 0xFF, minlength=256)
             expected = len(vector) / 256
             assert 140 < float(((counts - expected) ** 2 / expected).sum()) < 400
-    for a in range(8):
+    for a in range(6):
         for b in range(a):
             same = int((vectors[a] == vectors[b]).sum())
             assert same <= 3, "of 200,000 about 0.00005 are expected to be equal"
     # the sum of all but one is as uniform: nothing cancels before everybody is in
-    partial = vectors[0] + vectors[1] + vectors[2]
+    partial = vectors[3] + vectors[4] + vectors[5]
     assert len(np.unique(partial >> 24)) == 256
 
 
 def test_a_server_and_colluding_sites_cannot_take_another_sites_masks_off(tmp_path: Path) -> None:
     """Everything that the server and `threshold - 1` sites hold of a site's secrets, put together."""
     grid = federation(tmp_path, 10)
+    grid.faults = {(UNMASK, node): UNHEARD for node in range(10)}  # while they hold everything
     gather(grid, tmp_path)
-    states = [json.loads((s.folder / "secure" / "session.json").read_text()) for s in grid.sites]
+    states = [state_of(grid, node) for node in range(10)]
     victim = states[9]["own"]
     order = sorted(state["own"] for state in states)
     held = {
@@ -445,25 +531,33 @@ def test_a_server_and_colluding_sites_cannot_take_another_sites_masks_off(tmp_pa
     assert not is_masking_key_of(combine_shares({p: k for p, (_, k) in few.items()}), member)
     enough = dict(list(held.items())[:t])  # so that the test can fail
     assert is_seed_of(combine_shares({p: s for p, (s, _) in enough.items()}), member)
-    # of a site in the sum nobody told a share of its key, so its pairwise masks stay on
-    assert all(
-        unpack_revealed(content).shares.keys() == set(order)
-        for stage, _, content in grid.seen
-        if stage == UNMASK
-    )
-    seeds = {p: s for p, (s, _) in held.items()}
+    # of a site in the sum nobody tells a share of its key, so its pairwise masks stay on
+    grid.faults = {}
+    assert gather(grid, tmp_path).weights is not None
     told = {
         order.index(states[node]["own"]): unpack_revealed(content).shares[victim]
         for stage, node, content in grid.seen
         if stage == UNMASK and node != 9
     }
-    assert told == seeds, "and what they told are the shares of the seed"
+    assert told == {p: s for p, (s, _) in held.items()}, "what they told are shares of the seed"
 
 
-def test_secrets_are_gone_from_a_site_once_it_has_helped_to_unmask(tmp_path: Path) -> None:
-    grid = federation(tmp_path, 3)
-    gather(grid, tmp_path)
-    for site in grid.sites:
-        path = site.folder / "secure" / "session.json"
-        assert "secrets" not in json.loads(path.read_text())
-        assert path.stat().st_mode & 0o077 == 0
+def test_what_a_site_keeps_afterwards_tells_no_other_secret(tmp_path: Path) -> None:
+    grid = federation(tmp_path, 10)
+    grid.faults = {(MASKED, 7): LOST}
+    assert gather(grid, tmp_path).weights is not None
+    told = {n: unpack_revealed(c).shares for stage, n, c in grid.seen if stage == UNMASK}
+    for node, site in enumerate(grid.sites):
+        folder = site.folder / "secure" / "f0"
+        if node == 7:  # it has heard of nothing; the next round replaces what it has
+            continue
+        state = state_of(grid, node)
+        assert state.keys() == {"session", "round", "task", "survivors", "agreed", "revealed"}
+        assert {s: bytes.fromhex(share) for s, share in state["revealed"].items()} == told[node]
+        assert sorted(path.name for path in folder.iterdir()) == ["agreed.json", "session.json"]
+        assert all(path.stat().st_mode & 0o077 == 0 for path in folder.iterdir())
+
+
+def state_of(grid: Hospitals, node: int) -> dict[str, Any]:
+    path = grid.sites[node].folder / "secure" / "f0" / "session.json"
+    return json.loads(path.read_text())

@@ -86,10 +86,10 @@ def test_a_server_that_dies_after_unmasking_goes_on_from_the_sum(run, tmp_path, 
     folder = RunFolder(tmp_path / "killed")
     assert folder.secure_sum.exists()
     kept, _ = load_weights(folder.secure_sum)
-    vectors = sorted((tmp_path / "killed" / "sites").glob("*/secure/vector.safetensors"))
-    assert len(vectors) == 3
-    for vector in vectors:
-        vector.unlink()  # so that nobody could answer
+    sessions = sorted((tmp_path / "killed" / "sites").glob("*/secure/*/session.json"))
+    assert len(sessions) == 3
+    for session in sessions:
+        session.unlink()  # so that nobody could answer
     done = run("killed", *SECURE)
     assert done.exit_code == 0, done.output
     assert not folder.secure_sum.exists()
@@ -99,7 +99,9 @@ def test_a_server_that_dies_after_unmasking_goes_on_from_the_sum(run, tmp_path, 
 
 def test_a_damaged_record_of_a_site_is_said_and_not_taken_for_none(run, tmp_path):
     assert run("once", *SECURE).exit_code == 0
-    (tmp_path / "once" / "sites" / "site-06" / "secure" / "unmasked.json").write_text("{")
+    (tmp_path / "once" / "sites" / "site-06" / "secure" / "simulation" / "agreed.json").write_text(
+        "{"
+    )
     site = load_site(tmp_path / "once" / "sites" / "site-06")
     task = TrainTask(2, "", 0.01, first_round(tmp_path / "once"))
     with pytest.raises(RoundRefused, match="damaged"):
