@@ -261,6 +261,7 @@ def permitted(content: RecordDict, policy: Policy, site: str, n_training: int) -
 
 def _restrict_card(card: dict[str, Any], policy: Policy, n_training: int) -> None:
     card["shows_name"] = policy.show_name
+    card.setdefault("trains", False)
     if not trains(policy, card.get("n_training", n_training)):
         card |= {"trains": False, "n_training": 0, "resting": ""}
 

@@ -385,8 +385,9 @@ def _enough_to_aggregate(
     """Asked before the sites train too: work that cannot be used is not asked for."""
     needed = fewest_to_aggregate(config, roll)
     if good < needed:
-        way = f"rounds.aggregation: {config.rounds.aggregation}"
-        why = f" for {'secure_aggregation' if config.secure_aggregation else way}"
+        why = f" for rounds.aggregation: {config.rounds.aggregation}"
+        if config.secure_aggregation:
+            why = " for secure_aggregation"
         raise _TooFew(number, "train", needed, good, dict(missing), why)
 
 

@@ -103,7 +103,7 @@ def test_each_sites_metrics_are_released_as_it_chose(ended):
 
 def test_nothing_but_weights_and_the_statement_left_the_private_site(ended):
     for row in ended.federation.left(PRIVATE, "update"):
-        assert set(row["details"]) == {"about", "privacy"}
+        assert set(row["details"]) == {"about", "privacy", "audit"}
         assert set(row["details"]["about"]) == {"site", "round", "n_training"}
     for row in ended.federation.left(PRIVATE, "metrics"):
         assert row["details"]["means"] == {}
