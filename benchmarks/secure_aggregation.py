@@ -36,7 +36,13 @@ from flwr.server.workflow import SecAggPlusWorkflow
 from flwr.server.workflow.constant import MAIN_CONFIGS_RECORD, MAIN_PARAMS_RECORD, Key
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.secure_round import answer_adverts, answer_sealed, answer_survivors, answer_task
+from client.secure_round import (
+    answer_adverts,
+    answer_agreement,
+    answer_sealed,
+    answer_survivors,
+    answer_task,
+)
 from client.site import Site
 from common.config import FederationConfig, Rounds
 from common.keys import fingerprint, new_private_key, save_private_key
@@ -51,15 +57,18 @@ from common.messages import (
     unpack_train_task,
 )
 from common.secure_messages import (
+    AGREE,
     MASKED,
     SHARES,
     UNMASK,
+    pack_agreed,
     pack_masked,
     pack_revealed,
     pack_sealed,
     pack_trained,
     session_of,
     unpack_adverts,
+    unpack_agreement,
     unpack_sealed,
     unpack_survivors,
 )
@@ -148,15 +157,17 @@ def ours(base: Weights, parts: Parts, gone: int, folder: Path) -> tuple[Weights,
 
     def answer(node: int, message: Message) -> RecordDict | None:
         stage, content = message.metadata.message_type, message.content
-        if node < gone and stage in (MASKED, UNMASK):
+        if node < gone and stage in (MASKED, AGREE, UNMASK):
             return None
         site = sites[node]
         if stage == SHARES:
             return pack_sealed(answer_adverts(site, unpack_adverts(content)))
         if stage == MASKED:
             return pack_masked(answer_sealed(site, unpack_sealed(content)))
+        if stage == AGREE:
+            return pack_agreed(answer_survivors(site, unpack_survivors(content)))
         if stage == UNMASK:
-            return pack_revealed(answer_survivors(site, unpack_survivors(content)))
+            return pack_revealed(answer_agreement(site, unpack_agreement(content)))
         session = session_of(content)
         assert session is not None
         n, weights = parts[node]
