@@ -187,7 +187,7 @@ def ours(base: Weights, parts: Parts, gone: int, folder: Path) -> tuple[Weights,
 
 
 def flowers(base: Weights, parts: Parts, gone: int) -> tuple[Weights, int]:
-    """SecAgg+ as its user would set it: changes clipped to +-4, weights up to 1024."""
+    """SecAgg+ as its user would set it: changes clipped to +-1, as ours are, weights up to 1024."""
     contexts = [
         Context(run_id=1, node_id=n, node_config={}, state=RecordDict(), run_config={})
         for n in range(len(parts))
@@ -229,7 +229,7 @@ def flowers(base: Weights, parts: Parts, gone: int) -> tuple[Weights, int]:
         num_shares=sites,
         reconstruction_threshold=threshold(sites),
         max_weight=1024.0,
-        clipping_range=4.0,
+        clipping_range=1.0,
         quantization_range=2**22,
         modulus_range=2**32,
     )
