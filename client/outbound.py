@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, Message, MessageType
@@ -23,7 +24,7 @@ from flwr.common.constant import ErrorCode
 
 from client.permitted import NotPermitted, permitted
 from client.policy import Policy
-from common.audit_log import AuditLog, LogError, append, told
+from common.audit_log import AuditLog, Follower, LogError, append
 from common.console import many, plain
 from common.keys import BadKey
 from common.messages import WITHHELD
@@ -187,9 +188,14 @@ def answered(record: AuditLog, kind: str, since: str) -> dict[int, int]:
 def departures(record: AuditLog) -> list[dict[str, Any]]:
     """Everything recorded, in order, as plain JSON types; `id` is the number of the log's entry."""
     with _usable(record):
-        return [
-            {"id": entry.number, "at": entry.at, **entry.details} for entry in told(record, SENT)
-        ]
+        entries = _followed(record).entries()
+    return [{"id": entry.number, "at": entry.at, **entry.details} for entry in entries]
+
+
+@cache
+def _followed(record: AuditLog) -> Follower:
+    """`join` looks for each message, and the log grows for years: only what is new is read."""
+    return Follower(record, (SENT,))
 
 
 def in_words(record: AuditLog) -> list[str]:
