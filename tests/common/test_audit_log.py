@@ -364,8 +364,10 @@ def test_over_a_damaged_end_nothing_is_written(log, what):
     assert (log.path.read_bytes() if log.path.exists() else b"") == before
 
 
-def test_it_is_known_which_entries_it_holds(log):
+def test_it_is_known_which_entries_it_holds(log, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 700)  # bytes, of lines of about 400
     filled(log)
+    assert len(list(told(log))) == 4
     heads = [entry.head for entry in verified(log).entries]
     assert all(holds(log, one) for one in heads)
     assert not holds(log, Head(5, heads[-1].hash))
@@ -504,6 +506,43 @@ def test_if_only_the_folder_cannot_be_synced_the_log_goes_on(log, monkeypatch):
     assert verified(log).entries[-1].details == {"round": 7}
     append(log, "sent", {"round": 8})
     assert [entry.details["round"] for entry in told(log, "sent")] == [0, 1, 2, 7, 8]
+
+
+def test_to_look_for_a_late_entry_the_whole_log_is_not_read(log, monkeypatch):
+    known = [append(log, "sent", {"round": number}).head for number in range(30)][-2]
+    monkeypatch.setattr(module, "BLOCK", 1000)
+    read, between = 0, module._between
+
+    def counted(file: object, begin: int, end: int) -> bytes:
+        nonlocal read
+        read += end - begin
+        return between(file, begin, end)
+
+    monkeypatch.setattr(module, "_between", counted)
+    follower = module.Follower(log, ("sent",))
+    assert len(follower.entries()) == 30
+    read = 0
+    assert holds(log, known)
+    append(log, "sent", {"round": 30})
+    assert len(follower.entries()) == 31
+    assert 0 < read < os.path.getsize(log.path) / 4
+
+
+def test_what_was_read_is_read_again_where_another_log_is_there(log):
+    follower = module.Follower(log, ("sent",))
+    filled(log)
+    assert len(follower.entries()) == 3
+    log.path.unlink()
+    assert follower.entries() == []
+    log.anchor.unlink()
+    append(log, "sent", {"round": 9})
+    assert [entry.details["round"] for entry in follower.entries()] == [9]
+    append(log, "refused", {})
+    append(log, "sent", {"round": 10})
+    log.path.unlink()
+    log.anchor.unlink()
+    filled(log, 9)
+    assert [entry.details["round"] for entry in follower.entries()] == list(range(9))
 
 
 def test_to_append_the_whole_log_is_not_read(log, monkeypatch):
