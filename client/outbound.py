@@ -24,7 +24,7 @@ from flwr.common.constant import ErrorCode
 
 from client.permitted import NotPermitted, permitted
 from client.policy import Policy
-from common.audit_log import AuditLog, Follower, LogError, append
+from common.audit_log import AuditLog, Follower, LogError, append, last_entry
 from common.console import many, plain
 from common.keys import BadKey
 from common.messages import WITHHELD
@@ -125,8 +125,16 @@ def _allowed(reply: Message, gate: Gate) -> Message:
 def _record(reply: Message, record: AuditLog) -> Departure:
     departure = inspect(reply)
     with _usable(record):
-        append(record, SENT, asdict(departure))
+        if not (reply.metadata.message_type == MessageType.QUERY and _said(departure, record)):
+            append(record, SENT, asdict(departure))
     return departure
+
+
+def _said(departure: Departure, record: AuditLog) -> bool:
+    """Is it an error text, and the last that happened the same? A coordinator calls again and again
+    while it waits; how often it was refused is counted in an entry of its own (`client.audit_trail`)."""
+    last = last_entry(record) if departure.kind == ERROR else None
+    return last is not None and last.kind == SENT and last.details == asdict(departure)
 
 
 def inspect(reply: Message) -> Departure:
