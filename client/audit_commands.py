@@ -5,7 +5,7 @@ Heavy imports happen inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,12 +84,14 @@ def _log(folder: Path) -> AuditLog:
 def _present(folder: Path) -> str | None:
     """The fingerprint of the key in use; None if there is none, with which old entries can be verified."""
     from client.hospital import HospitalFolder
-    from common.keys import BadKey, fingerprint, read_public_key
+    from common.keys import BadKey, fingerprint, load_private_key, read_public_key
 
-    try:
-        return fingerprint(read_public_key(HospitalFolder(folder).public_key).key)
-    except BadKey:
-        return None
+    hospital = HospitalFolder(folder)
+    with suppress(BadKey):  # first: who cannot sign can replace the public one
+        return fingerprint(load_private_key(hospital.private_key).public_key())
+    with suppress(BadKey):
+        return fingerprint(read_public_key(hospital.public_key).key)
+    return None
 
 
 def _failing() -> AbstractContextManager[None]:

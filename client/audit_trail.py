@@ -7,7 +7,9 @@ single subject: the log may be shown to others.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from flwr.app import Message, MessageType, RecordDict
@@ -23,11 +25,25 @@ from common.audit_heads import (
     round_of,
     weights_in,
 )
-from common.audit_log import EMPTY, AuditLog, Head, append, head, holds, verified
+from common.audit_lines import EMPTY, Entry, Head
+from common.audit_log import AuditLog, append, head, holds, last_entry, verified
 from common.console import plain
 
 LOG = logging.getLogger("fedbrats")
+SECONDS_UNTOLD = 3600.0  # the longest that a repeated refusal is counted and not written
 DONE = {MessageType.TRAIN: "trained", MessageType.EVALUATE: "evaluated"}
+
+
+@dataclass
+class _Refusal:
+    """Of a roll call, which comes again and again: the first is an entry, the next are counted."""
+
+    details: dict[str, Any]
+    number: int  # of its entry
+    written: float  # when, by this process's clock
+    times: int = 0  # that it was repeated since
+    last: str = ""
+    heard: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -36,6 +52,8 @@ class Trail:
 
     log: AuditLog
     coordinator: Head = EMPTY  # the last that was heard of its log
+    _refusal: _Refusal | None = None  # the last thing that happened, if it was one
+    _untold: dict[str, Any] | None = None  # a roll call, until it is known what comes of it
 
     def begin(self, **details: Any) -> None:
         """Verify the whole log, once, and note that the site begins to take part."""
@@ -45,8 +63,16 @@ class Trail:
         self.coordinator = last_heard(reading.entries, COORDINATOR)
         self.note("join begun", **details)
 
-    def note(self, kind: str, **details: Any) -> None:
-        append(self.log, kind, details)
+    def note(self, kind: str, **details: Any) -> Entry:
+        """Add an entry, after what was held back until now."""
+        refusal, self._refusal = self._refusal, None
+        untold, self._untold = self._untold, None
+        if refusal is not None and refusal.times:
+            again = {"times": refusal.times, "last": refusal.last, **refusal.heard}
+            append(self.log, "refused again", {**refusal.details, **again})
+        if untold is not None:
+            append(self.log, "task received", untold)
+        return append(self.log, kind, details)
 
     def received(self, message: Message) -> str:
         """Note a task and what comes with it; returns what is wrong with *this* log, if anything.
@@ -55,14 +81,17 @@ class Trail:
             BadMessage: the heads in it have not the agreed form.
         """
         heads = attached_heads(message.content)
-        self.note(
-            "task received",
-            task=message.metadata.message_type,
-            round=round_of(message.content),
-            message=str(message.metadata.message_id),
+        details = {
+            "task": message.metadata.message_type,
+            "round": round_of(message.content),
+            "message": str(message.metadata.message_id),
             **weights_in(message.content),
             **heard(COORDINATOR, heads),
-        )
+        }
+        if _is_call(message) and not details["bytes"] and self._refused_last():
+            self._untold = details
+        else:
+            self.note("task received", **details)
         if heads is not None and not holds(self.log, heads.yours):
             text = (
                 f"the coordinator remembers entry {heads.yours.number} of this site's audit log, "
@@ -80,12 +109,26 @@ class Trail:
     def refused(self, message: Message, why: str) -> None:
         """A message of which only the head may be known."""
         content = message.content if message.has_content() else RecordDict()
-        self.note(
-            "refused",
-            task=message.metadata.message_type,
-            round=round_of(content),
-            message=str(message.metadata.message_id),
-            why=plain(why),
+        kind, round_ = message.metadata.message_type, round_of(content)
+        details = {"task": kind, "round": round_, "why": plain(why)}
+        last, untold = self._refusal, self._untold
+        if untold is not None and last is not None and last.details == details:
+            self._untold, last.times, last.last = None, last.times + 1, _now()
+            last.heard = {name: untold[name] for name in ("heard",) if name in untold}
+            return
+        entry = self.note("refused", message=str(message.metadata.message_id), **details)
+        if _is_call(message):
+            self._refusal = _Refusal(details, entry.number, time.monotonic())
+
+    def _refused_last(self) -> bool:
+        """Has nothing happened, in any program, since a roll call was refused, within the hour?"""
+        refusal = self._refusal
+        if refusal is None or time.monotonic() - refusal.written > SECONDS_UNTOLD:
+            return False
+        last = last_entry(self.log)
+        return last is not None and (
+            last.number == refusal.number
+            or (last.number == refusal.number + 1 and last.kind == "sent")
         )
 
     def done(self, task: Message, reply: Message, seconds: float) -> None:
@@ -101,6 +144,14 @@ class Trail:
         """Put the heads into what is about to leave; an error text has no room for them."""
         if reply.has_content():
             attach_heads(reply.content, Heads(head(self.log), self.coordinator))
+
+
+def _is_call(message: Message) -> bool:
+    return bool(message.metadata.message_type == MessageType.QUERY)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _subjects(content: RecordDict) -> int | None:

@@ -202,7 +202,9 @@ def rotate_key(folder: HospitalFolder) -> Path | None:
         save_private_key(new, new_private_key())
         new.replace(folder.private_key)
         _write_public_key(folder, name)
-        append(folder.audit, "key rotated", {"old": before, "new": _fingerprint(folder)})
+        # the old key, kept beside, vouches there for the new one; if it is lost, nobody does
+        rotated = {"old": before, "new": _fingerprint(folder)}
+        append(folder.audit, "key rotated", rotated, lost=True)
     return old
 
 

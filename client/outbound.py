@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, Message, MessageType
@@ -23,7 +24,7 @@ from flwr.common.constant import ErrorCode
 
 from client.permitted import NotPermitted, permitted
 from client.policy import Policy
-from common.audit_log import AuditLog, LogError, append, told
+from common.audit_log import AuditLog, Follower, LogError, append, last_entry
 from common.console import many, plain
 from common.keys import BadKey
 from common.messages import WITHHELD
@@ -124,8 +125,16 @@ def _allowed(reply: Message, gate: Gate) -> Message:
 def _record(reply: Message, record: AuditLog) -> Departure:
     departure = inspect(reply)
     with _usable(record):
-        append(record, SENT, asdict(departure))
+        if not (reply.metadata.message_type == MessageType.QUERY and _said(departure, record)):
+            append(record, SENT, asdict(departure))
     return departure
+
+
+def _said(departure: Departure, record: AuditLog) -> bool:
+    """Is it an error text, and the last that happened the same? A coordinator calls again and again
+    while it waits; how often it was refused is counted in an entry of its own (`client.audit_trail`)."""
+    last = last_entry(record) if departure.kind == ERROR else None
+    return last is not None and last.kind == SENT and last.details == asdict(departure)
 
 
 def inspect(reply: Message) -> Departure:
@@ -187,9 +196,14 @@ def answered(record: AuditLog, kind: str, since: str) -> dict[int, int]:
 def departures(record: AuditLog) -> list[dict[str, Any]]:
     """Everything recorded, in order, as plain JSON types; `id` is the number of the log's entry."""
     with _usable(record):
-        return [
-            {"id": entry.number, "at": entry.at, **entry.details} for entry in told(record, SENT)
-        ]
+        entries = _followed(record).entries()
+    return [{"id": entry.number, "at": entry.at, **entry.details} for entry in entries]
+
+
+@cache
+def _followed(record: AuditLog) -> Follower:
+    """`join` looks for each message, and the log grows for years: only what is new is read."""
+    return Follower(record, (SENT,))
 
 
 def in_words(record: AuditLog) -> list[str]:

@@ -25,16 +25,19 @@ def verify(log: AuditLog, against: Path | None, as_json: bool, present: str | No
 
     Raises:
         typer.Exit: with code 1 if anything is wrong.
+        typer.BadParameter: there is no file `against`.
         LogError: without `as_json`, the first thing that is wrong with one of the logs itself.
     """
     from common.audit_compare import misfits
     from common.audit_log import LogError, verified_copy
 
+    if against is not None and not against.exists():
+        raise typer.BadParameter(f"{against} is not there.", param_hint="--against")
     document: dict[str, Any] = {"log": str(log.path), "good": False}
     try:
         reading = _existing(log)
         document |= _about(reading, present)
-        wrong = _unfinished(reading)
+        wrong = [*_not_present(reading, present), *_unfinished(reading)]
         if against is not None:
             wrong += misfits(reading, verified_copy(against))
             document["against"] = str(against)
@@ -61,10 +64,16 @@ def _existing(log: AuditLog) -> Reading:
 
 
 def _about(reading: Reading, present: str | None) -> dict[str, Any]:
-    keys = reading.keys()
     warnings = []
-    if present not in (None, list(keys)[-1]):
-        warnings.append(f"the present key, {present}, is not the one that signed the last entry")
+    if present is None:
+        warnings.append(
+            "there is no present key that can be read, so whose the log is was not seen"
+        )
+    warnings += [
+        f"entry {entry.number}, {entry.at[:19]}: the new key, {entry.key}, is not vouched for by the "
+        f"old one, {before}: that was lost, or somebody else wrote from here on"
+        for entry, before in reading.unvouched()
+    ]
     problems = [e for e in reading.entries if e.kind in ("problem", "repaired")]
     warnings += [f"entry {e.number}, {e.at[:19]}: {e.details.get('what')}" for e in problems]
     return {
@@ -72,9 +81,21 @@ def _about(reading: Reading, present: str | None) -> dict[str, Any]:
         "first": reading.entries[0].at,
         "last": reading.entries[-1].at,
         "head": asdict(reading.head),
-        "keys": [{"fingerprint": key, "from_entry": number} for key, number in keys.items()],
+        "keys": [{"fingerprint": key, "from_entry": number} for key, number in reading.signers()],
         "warnings": warnings,
     }
+
+
+def _not_present(reading: Reading, present: str | None) -> list[str]:
+    last = reading.entries[-1].key
+    if present in (None, last):
+        return []
+    text = (
+        f"the last entry is signed by {last}, and the present key is {present}: somebody else wrote it, "
+        "or a key was made and the program was interrupted before it was noted (type that command "
+        "again)."
+    )
+    return [text]
 
 
 def _unfinished(reading: Reading) -> list[str]:
@@ -83,7 +104,8 @@ def _unfinished(reading: Reading) -> list[str]:
     text = (
         f"{many(reading.unfinished, 'byte')} after entry {reading.head.number} are no entry and were "
         "never acknowledged: a writing that was interrupted (power cut, full disk), or something "
-        "added by hand. The next entry cuts them off and says so."
+        "added by hand. The next entry cuts them off and says so; it refuses where they hold "
+        "a whole entry of another key."
     )
     return [text]
 
@@ -156,13 +178,16 @@ def export(log: AuditLog, out: Path) -> None:
 
     Raises:
         typer.BadParameter: it has another ending.
-        LogError: the log was changed.
+        LogError: the log was changed, or there is such a file already.
         OSError: the file cannot be written.
     """
+    from common.audit_log import LogError
     from common.files import write_text_atomically
 
     if out.suffix not in (".csv", ".json"):
         raise typer.BadParameter(f"{out} must end in .csv or .json.", param_hint="FILE")
+    if out.exists() or out.is_symlink():
+        raise LogError(f"{out} exists already and is not overwritten; name a new file.")
     rows = [{name: asdict(entry)[name] for name in COLUMNS} for entry in _existing(log).entries]
     if out.suffix == ".json":
         write_text_atomically(out, json.dumps({"entries": rows}, indent=1) + "\n")

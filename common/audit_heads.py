@@ -14,7 +14,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from common.audit_log import EMPTY, Entry, Head
+from common.audit_lines import EMPTY, Entry, Head
 from common.records import BadMessage, value_of
 
 RECORD = "audit"  # its name in a message

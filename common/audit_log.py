@@ -1,9 +1,4 @@
-"""An audit log: a text file of JSON lines, append-only, hash-chained, each line signed.
-
-A line holds its number, time (UTC), kind and details, the sha256 of the whole line before it (with
-its signature and line break, so `sha256sum` recomputes the chain), the fingerprint of the key that
-signs it, and the signature over the rest of the line. Keys stand in the log itself: entries of kind
-`key`. Lines are canonical JSON, and compared byte by byte: every byte counts.
+"""An audit log: a text file of signed, chained lines (`common.audit_lines`), append-only.
 
 Beside the log lies its anchor: how far it went when the last writing was acknowledged. It tells an
 interrupted writing, which is cut off and recorded at the next entry, from a lost or shortened end,
@@ -20,21 +15,35 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from common.audit_lines import (
+    EMPTY,
+    KEY,
+    NOBODY,
+    REPAIRED,
+    VOUCHED,
+    Broken,
+    Entry,
+    Head,
+    Signer,
+    introduction,
+    last_signer,
+    line_hash,
+    next_entry,
+    parsed,
+    signed,
+    split,
+    whole_entries,
+)
 from common.files import write_text_atomically
-from common.keys import BadKey, fingerprint, load_signing_key, parse_public_key, public_line
+from common.keys import BadKey, fingerprint, load_signing_key
 
-KEY, REPAIRED = "key", "repaired"  # kinds of entries that are written by themselves
-FIELDS = {"at", "before", "details", "key", "kind", "number", "signature"}
-ALGORITHM = ec.ECDSA(hashes.SHA384())
+BLOCK = 1 << 16  # bytes read at a time, from the end
 
 
 class LogError(RuntimeError):
@@ -54,32 +63,6 @@ class AuditLog:
 
 
 @dataclass(frozen=True)
-class Head:
-    """A log's last entry, or an earlier one: its number, from 1, and the sha256 of its line (hex)."""
-
-    number: int
-    hash: str
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line. `hash` is its own, as the next entry names it."""
-
-    number: int
-    at: str
-    kind: str
-    details: dict[str, Any]
-    before: str
-    key: str
-    signature: str
-    hash: str
-
-    @property
-    def head(self) -> Head:
-        return Head(self.number, self.hash)
-
-
-@dataclass(frozen=True)
 class Reading:
     """A log that was verified. `unfinished`: so many bytes at its end are no entry and were never
     acknowledged as one."""
@@ -91,15 +74,22 @@ class Reading:
     def head(self) -> Head:
         return self.entries[-1].head if self.entries else EMPTY
 
-    def keys(self) -> dict[str, int]:
-        """Fingerprint of each key -> number of the first entry that it signed; in order."""
-        found: dict[str, int] = {}
+    def signers(self) -> list[tuple[str, int]]:
+        """Which key signed from which entry on, in order; a key may come again."""
+        found: list[tuple[str, int]] = []
         for entry in self.entries:
-            found.setdefault(entry.key, entry.number)
+            if not found or found[-1][0] != entry.key:
+                found.append((entry.key, entry.number))
         return found
 
-
-EMPTY = Head(0, "0" * 64)
+    def unvouched(self) -> list[tuple[Entry, str]]:
+        """Each entry that puts a key in the place of another without that one's word, and the
+        fingerprint of the other."""
+        return [
+            (entry, before.key)
+            for before, entry in zip(self.entries, self.entries[1:], strict=False)
+            if entry.key != before.key and VOUCHED not in entry.details
+        ]
 
 
 @dataclass(frozen=True)
@@ -115,28 +105,17 @@ class _Anchor:
 START = _Anchor(EMPTY.number, EMPTY.hash, 0, 0)
 
 
-@dataclass(frozen=True)
-class _Signer:
-    """The key that the last `key` entry introduced; None if there was none."""
-
-    key: ec.EllipticCurvePublicKey | None = None
-    fingerprint: str = ""
-
-
-NOBODY = _Signer()
-
-
-class _Broken(ValueError):
-    """A line is not the next entry; the text says why."""
-
-
-def append(log: AuditLog, kind: str, details: dict[str, Any]) -> Entry:
+def append(log: AuditLog, kind: str, details: dict[str, Any], *, lost: bool = False) -> Entry:
     """Add an entry; it is on the disk when this returns. Several processes may do so at once.
 
-    What an interrupted writing has left at the end is cut off, and that is an entry of its own.
+    What an interrupted writing has left at the end is cut off, and that is an entry of its own. A new
+    private key is introduced with the word of the one before it, which is looked for beside it
+    (`*.old*`).
 
     Args:
         details: plain JSON types, without NaN.
+        lost: if the key before is not there, the new one is introduced without its word, for all to
+            see. Who makes a new key says so; nobody else, or a stranger's entries would be taken on.
 
     Raises:
         LogError: it cannot be written, or the end of the log is not what was last written.
@@ -145,7 +124,7 @@ def append(log: AuditLog, kind: str, details: dict[str, Any]) -> Entry:
     key = load_signing_key(log.key)
     try:
         with _opened(log, write=True) as file:
-            return _append(log, file, key, kind, details)
+            return _append(log, file, key, kind, details, lost)
     except OSError as error:
         raise _unusable(log.path, "written", error) from error
 
@@ -156,6 +135,7 @@ def _append(
     key: ec.EllipticCurvePrivateKey,
     kind: str,
     details: dict[str, Any],
+    lost: bool,
 ) -> Entry:
     anchor = _read_anchor(log)
     content_size = os.fstat(file.fileno()).st_size
@@ -165,23 +145,52 @@ def _append(
         anchor = START
         _write_anchor(log, anchor)  # first, so that no entry is ever without
     _require_end(log, file, anchor, content_size)
-    signer = _signer(file, anchor)
     ours = fingerprint(key.public_key())
+    signer = _signer(file, anchor)
+    known = Signer(key.public_key(), ours)
+    if signer != ours:  # seldom, so that the whole log may be read
+        known = last_signer(_all_entries(log.path, _between(file, 0, anchor.end)))
     rest = _between(file, anchor.end, content_size)
-    known = _Signer(key.public_key(), ours) if signer == ours else NOBODY
-    whole = list(_whole_entries(rest, Head(anchor.number, anchor.hash), known))
-    for entry, line in whole:  # written, and interrupted before the anchor was
+    for entry, line in whole_entries(rest, Head(anchor.number, anchor.hash), known, ours):
+        # written, and interrupted before the anchor was
         anchor = _Anchor(entry.number, entry.hash, anchor.end, anchor.end + len(line))
         signer = entry.key
-    torn = rest[sum(len(line) for _, line in whole) :]
+    torn = rest[len(rest) - (content_size - anchor.end) :]
+    _require_no_entry(log, torn, anchor)
+    before = Head(anchor.number, anchor.hash)
     new: list[tuple[str, dict[str, Any]]] = []
     if signer != ours:
-        new.append((KEY, {"public_key": public_line(key.public_key(), ""), "fingerprint": ours}))
+        former = _former_key(log, signer)
+        if signer and former is None and not lost:
+            raise _not_ours(log, signer, ours)
+        new.append((KEY, introduction(before, key.public_key(), former)))
     if torn:
         cut = {"bytes": len(torn), "sha256": hashlib.sha256(torn).hexdigest()}
         new.append((REPAIRED, {"what": "an interrupted writing was cut off", **cut}))
     new.append((kind, details))
     return _write(log, file, anchor, new, key)
+
+
+def _former_key(log: AuditLog, signer: str) -> ec.EllipticCurvePrivateKey | None:
+    """The private key of this fingerprint, if whoever replaced it has kept it beside the new one."""
+    for path in sorted(log.key.parent.glob(f"{log.key.name}.old*")):
+        with contextlib.suppress(BadKey):  # that one cannot vouch for anything
+            key = load_signing_key(path)
+            if fingerprint(key.public_key()) == signer:
+                return key
+    return None
+
+
+def _require_no_entry(log: AuditLog, torn: bytes, anchor: _Anchor) -> None:
+    """What is cut off was no entry yet; a whole one, which this key did not write, is no accident."""
+    for line in split(torn):
+        with contextlib.suppress(Broken):
+            parsed(line)
+            raise _tampered(
+                log.path,
+                f"behind entry {anchor.number}, the last that was acknowledged, stands a whole one "
+                "that this log's key has not signed there",
+            )
 
 
 def _write(
@@ -194,11 +203,15 @@ def _write(
     """Put new entries in place of what stands behind the anchor; the last of them is returned."""
     before, lines = Head(anchor.number, anchor.hash), list[bytes]()
     for kind, details in new:
-        entry, line = _signed(before, kind, details, key)
+        try:
+            entry, line = signed(before, kind, details, key)
+        except ValueError as error:  # NaN, or no JSON type
+            raise LogError(f"an entry of kind {kind} cannot be told as JSON ({error}).") from error
         before = entry.head
         lines.append(line)
     written = b"".join(lines)
     end = anchor.end + len(written)
+    acknowledged = _read_anchor(log)
     try:
         file.truncate(anchor.end)
         file.seek(anchor.end)
@@ -207,57 +220,78 @@ def _write(
         os.fsync(file.fileno())
         _write_anchor(log, _Anchor(entry.number, entry.hash, end - len(lines[-1]), end))
     except OSError:
-        with contextlib.suppress(OSError):  # if this fails too, the next writing sees to it
-            os.ftruncate(file.fileno(), anchor.end)
+        # if this fails too, the next writing sees to it
+        with contextlib.suppress(OSError, LogError):
+            if (
+                _read_anchor(log) == acknowledged
+            ):  # else the entry counts: the anchor is the new one
+                os.ftruncate(file.fileno(), anchor.end)
         raise
     return entry
 
 
-def _signed(
-    before: Head, kind: str, details: dict[str, Any], key: ec.EllipticCurvePrivateKey
-) -> tuple[Entry, bytes]:
-    document = {
-        "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "before": before.hash,
-        "details": details,
-        "key": fingerprint(key.public_key()),
-        "kind": kind,
-        "number": before.number + 1,
-    }
-    try:
-        signature = key.sign(_canonical(document), ALGORITHM).hex()
-    except (TypeError, ValueError) as error:  # NaN, or no JSON type
-        raise LogError(f"an entry of kind {kind} cannot be told as JSON ({error}).") from error
-    line = _canonical({**document, "signature": signature}) + b"\n"
-    return Entry(**document, signature=signature, hash=_hash(line)), line  # type: ignore[arg-type]
-
-
 def head(log: AuditLog) -> Head:
     """The last entry. Reads the end only. Raises LogError, as `append`."""
-    try:
-        if not log.path.exists() and not log.anchor.exists():
-            return EMPTY
-        with _opened(log) as file:
-            anchor = _read_anchor(log)
-            size = os.fstat(file.fileno()).st_size
-            if anchor is None and size == 0:  # interrupted before its first entry
-                return EMPTY
-            if anchor is None:
-                raise _anchor_missing(log)
-            _require_end(log, file, anchor, size)
-            return Head(anchor.number, anchor.hash)
-    except OSError as error:
-        raise _unusable(log.path, "read", error) from error
+    with _at_its_end(log) as (_, anchor):
+        return Head(anchor.number, anchor.hash)
+
+
+def last_entry(log: AuditLog) -> Entry | None:
+    """The last entry, if there is any. Reads the end only. Raises LogError, as `append`."""
+    with _at_its_end(log) as (file, anchor):
+        if file is None or anchor.number == 0:
+            return None
+        return parsed(_between(file, anchor.begin, anchor.end))
 
 
 def holds(log: AuditLog, known: Head) -> bool:
-    """Is this one of the log's entries? Looks at lines, without verifying them. Raises LogError."""
+    """Is this one of the log's entries? Looks at lines from the end on, without verifying them.
+
+    Raises:
+        LogError: as `append`.
+    """
     if known.number == 0:
         return known == EMPTY
-    for number, line in enumerate(_lines(log), start=1):
-        if number == known.number:
-            return _hash(line) == known.hash
+    with _at_its_end(log) as (file, anchor):
+        if file is None or known.number > anchor.number:
+            return False
+        for number, line in enumerate(_backwards(file, anchor.end)):
+            if anchor.number - number == known.number:
+                return line_hash(line) == known.hash
     return False
+
+
+def _backwards(file: BinaryIO, end: int) -> Iterator[bytes]:
+    """Lines with their line breaks, the last first, of what stands before byte `end`."""
+    tail = b""
+    while end > 0:
+        begin = max(0, end - BLOCK)
+        tail = _between(file, begin, end) + tail
+        end = begin
+        first, *lines = tail.splitlines(keepends=True)
+        yield from reversed(lines)
+        tail = first  # its beginning may stand before
+    if tail:
+        yield tail
+
+
+@contextmanager
+def _at_its_end(log: AuditLog) -> Iterator[tuple[BinaryIO | None, _Anchor]]:
+    """The file, and its anchor, which fits; None if there is no log yet."""
+    try:
+        if not log.path.exists() and not log.anchor.exists():
+            yield None, START
+            return
+        with _opened(log) as file:
+            anchor = _read_anchor(log)
+            size = os.fstat(file.fileno()).st_size
+            if anchor is None and size:
+                raise _anchor_missing(log)
+            anchor = anchor or START  # interrupted before its first entry
+            _require_end(log, file, anchor, size)
+            yield file, anchor
+    except OSError as error:
+        raise _unusable(log.path, "read", error) from error
 
 
 def told(log: AuditLog, *kinds: str) -> Iterator[Entry]:
@@ -266,17 +300,51 @@ def told(log: AuditLog, *kinds: str) -> Iterator[Entry]:
     Raises:
         LogError: a line is no entry, or the log cannot be read.
     """
-    marks = [f'"kind":{json.dumps(kind)}'.encode() for kind in kinds]
-    for number, line in enumerate(_lines(log), start=1):
-        other = marks and not any(mark in line for mark in marks)
-        if other and line.startswith(b'{"at":"') and line.endswith(b'"}\n'):
-            continue
+    yield from Follower(log, kinds).entries()
+
+
+@dataclass
+class Follower:
+    """A log's entries of some kinds (none named: all), kept: to look again only reads what is new."""
+
+    log: AuditLog
+    kinds: tuple[str, ...] = ()
+    _found: list[Entry] = field(default_factory=list)
+    _number: int = 0  # lines that were read
+    _end: int = 0  # where they end
+    _last: bytes = b""  # the last of them
+
+    def entries(self) -> list[Entry]:
+        """As `told`, which see. Raises LogError."""
         try:
-            entry = _parsed(line)
-        except _Broken as error:
-            raise _tampered(log.path, f"entry {number} {error}") from error
-        if not kinds or entry.kind in kinds:
-            yield entry
+            if not self.log.path.exists():
+                self._forget()
+                return []
+            with _opened(self.log) as file:
+                if _between(file, self._end - len(self._last), self._end) != self._last:
+                    self._forget()  # another log is there
+                content = _between(file, self._end, os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            raise _unusable(self.log.path, "read", error) from error
+        for line in split(content):
+            if line.endswith(b"\n"):  # else its writing was interrupted
+                self._add(line)
+        return self._found.copy()
+
+    def _forget(self) -> None:
+        self._found, self._number, self._end, self._last = [], 0, 0, b""
+
+    def _add(self, line: bytes) -> None:
+        marks = [f'"kind":{json.dumps(kind)}'.encode() for kind in self.kinds]
+        other = marks and not any(mark in line for mark in marks)
+        if not (other and line.startswith(b'{"at":"') and line.endswith(b'"}\n')):
+            try:
+                entry = parsed(line)
+            except Broken as error:
+                raise _tampered(self.log.path, f"entry {self._number + 1} {error}") from error
+            if not self.kinds or entry.kind in self.kinds:
+                self._found.append(entry)
+        self._number, self._end, self._last = self._number + 1, self._end + len(line), line
 
 
 def verified(log: AuditLog) -> Reading:
@@ -297,14 +365,17 @@ def verified(log: AuditLog) -> Reading:
             return Reading([])
         verified_copy(log.path)  # a change is worth more words than a missing file
         raise _anchor_missing(log)
-    entries = _all_entries(log.path, content[: anchor.end])
+    acknowledged = content[: anchor.end]
+    entries = _all_entries(log.path, acknowledged)
     if len(entries) < anchor.number or len(content) < anchor.end:
         raise _shortened(log.path, len(entries), anchor.number)
     last = entries[-1].head if entries else EMPTY
     if last != Head(anchor.number, anchor.hash):
         raise _tampered(log.path, f"entry {last.number} is not the one that was last written")
+    if anchor.begin != acknowledged.rfind(b"\n", 0, -1) + 1:
+        raise _anchor_damaged(log)
     rest = content[anchor.end :]
-    more = list(_whole_entries(rest, last, _last_signer(entries)))
+    more = list(whole_entries(rest, last, last_signer(entries)))
     unfinished = len(rest) - sum(len(line) for _, line in more)
     return Reading([*entries, *(entry for entry, _ in more)], unfinished)
 
@@ -316,104 +387,24 @@ def verified_copy(path: Path) -> Reading:
         LogError: it was changed or damaged; the text names the entry.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise LogError(f"{path} is no file; give a copy of the other side's audit.log.")
         return Reading(_all_entries(path, path.read_bytes()))
     except OSError as error:
         raise _unusable(path, "read", error) from error
 
 
-# ------------------------------------------------------------------------------------- single lines
-
-
 def _all_entries(path: Path, content: bytes) -> list[Entry]:
     entries: list[Entry] = []
     before, key = EMPTY, NOBODY
-    for line in _split(content):
+    for line in split(content):
         try:
-            entry, key = _next(line, before, key)
-        except _Broken as error:
+            entry, key = next_entry(line, before, key)
+        except Broken as error:
             raise _tampered(path, f"entry {before.number + 1} {error}") from error
         entries.append(entry)
         before = entry.head
     return entries
-
-
-def _split(content: bytes) -> list[bytes]:
-    lines = content.split(b"\n")
-    return [line + b"\n" for line in lines[:-1]] + [lines[-1]] * bool(lines[-1])
-
-
-def _whole_entries(rest: bytes, before: Head, signer: _Signer) -> Iterator[tuple[Entry, bytes]]:
-    """As many entries as are whole and good, each with its line."""
-    for line in _split(rest):
-        try:
-            entry, signer = _next(line, before, signer)
-        except _Broken:
-            return
-        yield entry, line
-        before = entry.head
-
-
-def _next(line: bytes, before: Head, signer: _Signer) -> tuple[Entry, _Signer]:
-    """The entry after `before`, signed by `signer` or by the key that it introduces."""
-    entry = _parsed(line)
-    if entry.number != before.number + 1:
-        raise _Broken(f"is missing or not in its place (number {entry.number} stands there).")
-    if entry.before != before.hash:
-        raise _Broken("does not follow the one before it, which was changed.")
-    if entry.kind == KEY:
-        signer = _introduced(entry)
-    if signer.key is None or entry.key != signer.fingerprint:
-        raise _Broken("is signed by a key that the log has not introduced.")
-    signed = line.rpartition(b',"signature":')[0] + b"}"  # the last of the sorted names
-    try:
-        signer.key.verify(bytes.fromhex(entry.signature), signed, ALGORITHM)
-    except (InvalidSignature, ValueError) as error:
-        raise _Broken("was changed: its signature is not good.") from error
-    return entry, signer
-
-
-def _introduced(entry: Entry) -> _Signer:
-    try:
-        key = parse_public_key(str(entry.details.get("public_key"))).key
-    except BadKey as error:
-        raise _Broken("holds no public key.") from error
-    signer = _Signer(key, fingerprint(key))
-    if entry.details.get("fingerprint") != signer.fingerprint:
-        raise _Broken("holds another key than it says.")
-    return signer
-
-
-def _parsed(line: bytes) -> Entry:
-    try:
-        document = json.loads(line.decode("ascii"))
-        good = isinstance(document, dict) and document.keys() == FIELDS
-        if not good or _canonical(document) + b"\n" != line:
-            raise ValueError("not as it was written")
-    except (ValueError, RecursionError) as error:
-        raise _Broken("was changed: it is not as an entry is written.") from error
-    texts = "at", "before", "key", "kind", "signature"
-    if (
-        not all(isinstance(document[name], str) for name in texts)
-        or not isinstance(document["details"], dict)
-        or type(document["number"]) is not int
-    ):
-        raise _Broken("was changed: a value is of another type.")
-    return Entry(**document, hash=_hash(line))
-
-
-def _last_signer(entries: list[Entry]) -> _Signer:
-    return next((_introduced(e) for e in reversed(entries) if e.kind == KEY), NOBODY)
-
-
-def _canonical(document: dict[str, Any]) -> bytes:
-    text = json.dumps(
-        document, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
-    )
-    return text.encode("ascii")
-
-
-def _hash(line: bytes) -> str:
-    return hashlib.sha256(line).hexdigest()
 
 
 # -------------------------------------------------------------------------------- file and anchor
@@ -427,22 +418,10 @@ def _opened(log: AuditLog, *, write: bool = False) -> Iterator[BinaryIO]:
         yield file
 
 
-def _lines(log: AuditLog) -> Iterator[bytes]:
-    """Whole lines; a last one without line break is an interrupted writing."""
-    try:
-        if not log.path.exists():
-            return
-        with _opened(log) as file:
-            content = file.read()
-    except OSError as error:
-        raise _unusable(log.path, "read", error) from error
-    yield from (line for line in _split(content) if line.endswith(b"\n"))
-
-
 def _signer(file: BinaryIO, anchor: _Anchor) -> str:
     if anchor.number == 0:
         return ""
-    return _parsed(_between(file, anchor.begin, anchor.end)).key
+    return parsed(_between(file, anchor.begin, anchor.end)).key
 
 
 def _between(file: BinaryIO, begin: int, end: int) -> bytes:
@@ -454,26 +433,34 @@ def _require_end(log: AuditLog, file: BinaryIO, anchor: _Anchor, size: int) -> N
     """The last acknowledged entry stands where it stood."""
     if size < anchor.end:
         raise _shortened(log.path, None, anchor.number)
-    if anchor.number and _hash(_between(file, anchor.begin, anchor.end)) != anchor.hash:
+    if anchor.number == 0 and anchor != START:
+        raise _anchor_damaged(log)
+    if anchor.number and line_hash(_between(file, anchor.begin, anchor.end)) != anchor.hash:
         raise _tampered(log.path, f"entry {anchor.number}, the last, was changed or moved")
 
 
 def _read_anchor(log: AuditLog) -> _Anchor | None:
     try:
-        stored = json.loads(log.anchor.read_text(encoding="ascii"))
-        anchor = _Anchor(**stored)
+        text = log.anchor.read_bytes().decode("ascii")
+        anchor = _Anchor(**json.loads(text))
         numbers = anchor.number, anchor.begin, anchor.end
         if not all(type(n) is int for n in numbers) or not 0 <= anchor.begin <= anchor.end:
             raise ValueError("impossible values")
+        if _anchor_text(anchor) != text:
+            raise ValueError("not as it was written")
         return anchor
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, RecursionError) as error:
-        raise LogError(f"{log.anchor} is damaged. {_remedy(log.path)}") from error
+        raise _anchor_damaged(log) from error
 
 
 def _write_anchor(log: AuditLog, anchor: _Anchor) -> None:
-    write_text_atomically(log.anchor, json.dumps(asdict(anchor)) + "\n")
+    write_text_atomically(log.anchor, _anchor_text(anchor))
+
+
+def _anchor_text(anchor: _Anchor) -> str:
+    return json.dumps(asdict(anchor)) + "\n"
 
 
 def _remedy(path: Path) -> str:
@@ -481,6 +468,10 @@ def _remedy(path: Path) -> str:
         f"Keep both files as evidence, find out who changed them, and restore {path.name} and "
         f"{path.with_suffix('.head').name} from a backup."
     )
+
+
+def _anchor_damaged(log: AuditLog) -> LogError:
+    return LogError(f"{log.anchor} is damaged. {_remedy(log.path)}")
 
 
 def _anchor_missing(log: AuditLog) -> LogError:
@@ -504,8 +495,17 @@ def _tampered(path: Path, what: str) -> LogError:
     )
 
 
-def _unusable(path: Path, what: str, error: OSError) -> LogError:
+def _not_ours(log: AuditLog, signer: str, ours: str) -> LogError:
     return LogError(
-        f"{path}: the audit log cannot be {what} ({error.strerror or error}). Free disk space, or "
-        "check who may write there."
+        f"{log.path}: the last entry is signed by {signer}, and the present key is {ours}, which that "
+        f"one does not vouch for: somebody else wrote it, or {log.key.name} was replaced by hand. "
+        f"{_remedy(log.path)} If that key was yours and is lost, make a new one (fed-client rotate-key; "
+        "on a server fed-server renew-certificate), which is then recorded as not vouched for."
     )
+
+
+def _unusable(path: Path, what: str, error: OSError) -> LogError:
+    remedy = "Free disk space, or check who may write there."
+    if what == "read":
+        remedy = "Check that it is there, and who may read it."
+    return LogError(f"{path}: the audit log cannot be {what} ({error.strerror or error}). {remedy}")

@@ -24,7 +24,8 @@ from common.audit_heads import (
     round_of,
     weights_in,
 )
-from common.audit_log import AuditLog, Entry, Head, LogError, append, head, holds, verified
+from common.audit_lines import Entry, Head
+from common.audit_log import AuditLog, Follower, LogError, append, head, holds, verified
 from common.console import plain
 from common.keys import BadKey
 from common.records import BadMessage
@@ -41,9 +42,14 @@ class Witness:
 
     log: AuditLog
     _entries: list[Entry] = field(default_factory=list)  # those before this start
-    _heard: dict[str, Head] = field(default_factory=dict)
+    _heard: dict[tuple[str, str], Head] = field(
+        default_factory=dict
+    )  # by site and its enrolled key
     _round: dict[str, int | None] = field(default_factory=dict)  # that a site was last asked about
     _said: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._admitted = Follower(self.log, ("admitted",))
 
     def begin(self, terms: Terms, rounds: int) -> None:
         """Verify the whole log, once, and note that the server starts."""
@@ -92,7 +98,7 @@ class Witness:
         if words := gone_back(self._last(site), heads):
             problems.append(f"{site} {words}")
         if heads is not None:
-            self._heard[site] = heads.mine
+            self._heard[site, self._key(site)] = heads.mine
         for problem in problems:
             if problem not in self._said:
                 self._said.add(problem)
@@ -100,9 +106,18 @@ class Witness:
                 self.note("problem", site=site, what=problem)
 
     def _last(self, site: str) -> Head:
-        if site not in self._heard:
-            self._heard[site] = last_heard(self._entries, site)
-        return self._heard[site]
+        """What was last heard of a site's log; nothing, since it was admitted with another key."""
+        known = site, self._key(site)
+        if known not in self._heard:
+            number = self._entries[-1].number if self._entries else 0
+            since = [entry for entry in self._admitted.entries() if entry.number > number]
+            self._heard[known] = last_heard([*self._entries, *since], site)
+        return self._heard[known]
+
+    def _key(self, site: str) -> str:
+        """`fed-server admit` may have been typed since the start."""
+        admitted = (e for e in reversed(self._admitted.entries()) if e.details["site"] == site)
+        return next((entry.details["key"] for entry in admitted), "")
 
     def round_done(self, record: RoundRecord) -> None:
         self.note(

@@ -6,6 +6,7 @@ there already, above all keys, is kept. What happens in a run is in `server.chec
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 from collections.abc import Iterable
@@ -13,12 +14,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from common.audit_log import AuditLog, append, head, verified
+from common.audit_log import AuditLog, append, head, last_entry, verified
 from common.code_hash import code_hash
 from common.config import FederationConfig
 from common.config_file import anchored, commented, load_config
 from common.files import locked, write_text_atomically
 from common.invitation import Invitation
+from common.keys import BadKey, fingerprint, load_signing_key, read_private, write_private
 from common.terms import Terms
 from server.certificates import (
     Certificate,
@@ -263,10 +265,29 @@ def renew_certificate(folder: CoordinatorFolder, hosts: Iterable[str] = ()) -> C
     address = load_config(folder.config).server.address
     others = list(hosts) or read_certificate(folder.server_certificate).hosts
     head(folder.audit)  # which must be good before anything changes
+    former = _keep_server_key(folder)
     renewed = renew_server_certificate(*_certificate_files(folder), [address, *others])
     until = renewed.not_after.isoformat(timespec="seconds")
-    append(folder.audit, "certificate renewed", {"hosts": list(renewed.hosts), "until": until})
+    details = {"hosts": list(renewed.hosts), "until": until}
+    append(folder.audit, "certificate renewed", details, lost=True)
+    former.unlink(missing_ok=True)
     return renewed
+
+
+def _keep_server_key(folder: CoordinatorFolder) -> Path:
+    """Copy it to where the audit log looks for the key that vouches for the next one.
+
+    After a kill the copy stays until the next renewal. One that is there from then may be of the key
+    that signed last; where the present key is, nothing is lost with it.
+    """
+    former = folder.server_key.with_name(f"{folder.server_key.name}.old")
+    last = last_entry(folder.audit)
+    with contextlib.suppress(BadKey):  # lost: then nothing vouches for the new one
+        present = load_signing_key(folder.server_key)
+        if last is None or fingerprint(present.public_key()) == last.key:
+            former.unlink(missing_ok=True)
+            write_private(former, read_private(folder.server_key))
+    return former
 
 
 def _certificate_files(folder: CoordinatorFolder) -> tuple[Path, Path, Path, Path]:

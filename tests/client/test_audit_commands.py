@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 
 import pytest
 from flwr.app import Message, RecordDict
@@ -16,8 +15,14 @@ from client import outbound
 from client.cli import app
 from client.hospital import rotate_key
 from client.policy import Policy
-from common.audit_log import append, told
-from common.keys import fingerprint, read_public_key
+from common.audit_log import AuditLog, append, told
+from common.keys import (
+    fingerprint,
+    load_private_key,
+    new_private_key,
+    read_public_key,
+    save_private_key,
+)
 from server.cli import app as server_app
 from server.coordinator import init_folder
 
@@ -94,10 +99,66 @@ def test_a_rotated_key_is_named_and_another_one_warned_of(oslo):
     result = command("verify", oslo.path)
     assert result.output.count("signed by") == 2
     assert "warning" not in result.output
-    copied = shutil.copy(oslo.public_key, oslo.path / "site.pub.new")
+    (oslo.path / "site.key").unlink()
+    save_private_key(oslo.private_key, new_private_key())
+    result = command("verify", oslo.path)
+    present = fingerprint(load_private_key(oslo.private_key).public_key())
+    assert result.exit_code == 1
+    assert f"and the present key is {present}" in result.output
+    oslo.private_key.unlink()
+    assert command("verify", oslo.path).exit_code == 0, "then the public key tells"
+    oslo.public_key.unlink()
+    assert "no present key" in command("verify", oslo.path).output
+
+
+def test_a_key_that_was_lost_vouches_for_no_other_and_that_is_said(oslo):
+    old = fingerprint(load_private_key(oslo.private_key).public_key())
+    oslo.private_key.unlink()
     rotate_key(oslo)
-    shutil.copy(copied, oslo.public_key)
-    assert "is not the one that signed the last entry" in command("verify", oslo.path).output
+    new = fingerprint(load_private_key(oslo.private_key).public_key())
+    result = command("verify", oslo.path)
+    assert result.exit_code == 0
+    said = f"entry 5, {list(told(oslo.audit))[4].at[:19]}: the new key, {new}, is not vouched for"
+    assert said in result.output
+    assert old in result.output.split(said)[1].splitlines()[0]
+    assert len(json.loads(command("verify", oslo.path, "--json").stdout)["warnings"]) == 1
+
+
+def test_an_export_takes_the_place_of_nothing(oslo):
+    before = oslo.accepted.read_bytes()
+    result = command("export", oslo.path, oslo.accepted)
+    assert result.exit_code == 1
+    assert "exists already" in result.output
+    assert oslo.accepted.read_bytes() == before
+
+
+def test_what_cannot_be_compared_is_said_in_words(oslo, tmp_path):
+    append(oslo.audit, "invitation taken", {"site": "Oslo"})
+    assert command("verify", oslo.path, "--against", tmp_path / "none").exit_code == 2
+    folder = command("verify", oslo.path, "--against", tmp_path)
+    assert (folder.exit_code, "is no file" in folder.output) == (1, True)
+    assert "disk space" not in folder.output
+    save_private_key(tmp_path / "key", new_private_key())
+    head = {"of": "Oslo", "number": 1, "hash": "a" * 64}
+    for number, (kind, details) in enumerate(
+        (
+            ("admitted", {"site": "Oslo"}),
+            ("admitted", {"site": ["Oslo"], "key": "x"}),
+            ("admitted", {"site": "Oslo", "key": {}}),
+            ("task sent", {"site": {}}),
+            ("task sent", {"site": "Oslo", "sha256": {}}),
+            ("reply received", {"site": "Oslo", "sha256": 5}),
+            ("reply received", {"site": "Oslo", "heard": 5}),
+            ("reply received", {"site": "Oslo", "heard": {**head, "number": "x"}}),
+            ("reply received", {"site": "Oslo", "heard": {"of": "Oslo"}}),
+            ("reply received", {"site": "Oslo", "heard": {**head, "of": []}}),
+        )
+    ):
+        hostile = AuditLog(tmp_path / f"{number}.log", tmp_path / "key")
+        append(hostile, kind, details)
+        result = command("verify", oslo.path, "--against", hostile.path)
+        assert result.exit_code == 1, details
+        assert "does not hold what such an entry holds" in " ".join(result.output.split()), details
 
 
 def test_what_happened_is_shown_newest_last(oslo):
@@ -127,6 +188,8 @@ def test_a_log_that_does_not_fit_the_other_sides_fails(oslo, tmp_path, tiny_conf
     server = init_folder(tmp_path / "study", tiny_config())
     append(oslo.audit, "invitation taken", {"site": "Oslo"})
     heard = {"of": "Oslo", "number": 4, "hash": list(told(oslo.audit))[3].hash}
+    key = fingerprint(read_public_key(oslo.public_key).key)
+    append(server.audit, "admitted", {"site": "Oslo", "key": key})
     append(server.audit, "reply received", {"site": "Oslo", "sha256": "", "heard": heard})
     sides = (
         (app, oslo.path, server.audit.path),

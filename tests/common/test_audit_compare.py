@@ -111,6 +111,42 @@ def test_a_new_folder_with_a_new_key_is_not_held_against_the_old_log(two, tmp_pa
     assert two.misfits() == []
 
 
+def test_a_log_that_was_written_anew_with_another_key_does_not_fit(two, tmp_path):
+    """One that the coordinator never enrolled: it has nothing in common with the coordinator's."""
+    two.oslo = made(tmp_path / "new")
+    append(two.oslo, "invitation taken", {"site": "Oslo"})
+    append(two.oslo, "sent", {"sha256": "f" * 64})
+    (said,) = two.misfits()
+    assert "nothing in common" in said
+    assert fingerprint(load_signing_key(two.oslo.key).public_key()) in said
+
+
+def test_a_log_that_was_written_anew_under_another_name_does_not_fit(two):
+    two.oslo.path.unlink()
+    two.oslo.anchor.unlink()
+    append(two.oslo, "invitation taken", {"site": "Nowhere"})
+    found = two.misfits()
+    assert "was invited as Nowhere; the coordinator enrolled its key as Oslo" in found[0]
+    assert found[1].startswith("Oslo's log lacks")
+
+
+@pytest.mark.parametrize("vouched", [True, False])
+def test_a_key_that_was_never_enrolled_cannot_have_taken_part(two, vouched):
+    old = two.oslo.key.rename(two.oslo.key.with_name("key.old"))
+    if not vouched:
+        old.unlink()
+    save_private_key(two.oslo.key, new_private_key())
+    append(two.oslo, "key rotated", {}, lost=True)
+    if vouched:  # it waits for the coordinator to admit it
+        assert two.misfits() == []
+        append(two.oslo, "sent", {"sha256": "f" * 64})
+    (said,) = two.misfits()
+    key = fingerprint(load_signing_key(two.oslo.key).public_key())
+    assert f"signed by {key}" in said
+    append(two.coordinator, "admitted", {"site": "Oslo", "key": key})
+    assert two.misfits() == []
+
+
 def test_two_logs_of_one_kind_cannot_be_compared(two, tmp_path):
     shutil.copy(two.oslo.path, tmp_path / "copy")
     with pytest.raises(LogError, match="not those of a hospital"):

@@ -18,8 +18,14 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import (
+    decode_dss_signature,
+    encode_dss_signature,
+)
 
 import common.audit_log as module
+from common import files
+from common.audit_lines import ORDER, canonical, introduction, signed
 from common.audit_log import (
     EMPTY,
     AuditLog,
@@ -112,17 +118,156 @@ def test_what_json_cannot_hold_is_not_written(log):
     assert log.path.read_bytes() == before
 
 
+def another_key(log: AuditLog, *, kept: bool) -> None:
+    """In place of the present one, which is kept beside it or not."""
+    if kept:
+        log.key.rename(log.key.with_name("site.key.old-2026-01-01"))
+    else:
+        log.key.unlink()
+    save_private_key(log.key, new_private_key())
+
+
 def test_a_new_key_is_introduced_and_old_entries_stay_good(log):
     filled(log)
-    log.key.unlink()
-    save_private_key(log.key, new_private_key())
+    another_key(log, kept=True)
     append(log, "rotated", {})
     reading = verified(log)
     assert [entry.kind for entry in reading.entries[-2:]] == ["key", "rotated"]
-    assert list(reading.keys().values()) == [1, 5]
+    assert [number for _, number in reading.signers()] == [1, 5]
+    assert reading.unvouched() == []
+    introduced = reading.entries[-2]
+    word = {"before": introduced.before, "next_key": introduced.key, "number": 5}
+    parse_public_key(reading.entries[0].details["public_key"]).key.verify(
+        bytes.fromhex(introduced.details["vouched"]), canonical(word), ec.ECDSA(hashes.SHA384())
+    )
+
+
+def test_a_key_that_comes_back_is_told_as_such(log):
+    filled(log, 1)
+    first = log.key.read_bytes()
+    another_key(log, kept=True)
+    append(log, "sent", {})
+    log.key.rename(log.key.with_name("site.key.old-2"))
+    log.key.write_bytes(first)
+    log.key.chmod(0o600)
+    append(log, "sent", {})
+    (a, _), (b, _), (c, number) = verified(log).signers()
+    assert (a, number) == (c, 5)
+    assert a != b
+
+
+def test_a_lost_key_is_replaced_only_by_who_says_so(log):
+    content = filled(log)
+    before = verified(log).entries[-1].key
+    another_key(log, kept=False)
+    with pytest.raises(LogError, match="the last entry is signed by") as caught:
+        append(log, "sent", {})
+    assert before in str(caught.value)
+    assert log.path.read_bytes() == content
+    append(log, "rotated", {}, lost=True)
+    ((entry, old),) = verified(log).unvouched()
+    assert (entry.number, old) == (5, before)
+    append(log, "sent", {})
+    assert len(verified(log).unvouched()) == 1
+
+
+def test_the_word_of_another_key_or_for_another_place_is_none(log, tmp_path):
+    """Who has seen a good word cannot use it elsewhere, and who has no key cannot give one."""
+    filled(log, 1)
+    key = module.load_signing_key(log.key)
+    stranger, head_ = new_private_key(), head(log)
+    for former, place in ((stranger, head_), (key, replace(head_, number=1)), (key, EMPTY)):
+        details = introduction(place, stranger.public_key(), former)
+        _, line = signed(head_, "key", details, stranger)
+        copy = tmp_path / "copy.log"
+        copy.write_bytes(log.path.read_bytes() + line)
+        with pytest.raises(LogError, match="entry 3 was changed: its signature"):
+            verified_copy(copy)
+    _, line = signed(head_, "key", introduction(head_, stranger.public_key(), key), stranger)
+    copy.write_bytes(log.path.read_bytes() + line)
+    assert len(verified_copy(copy).entries) == 3
+
+
+def strangers_lines(before: Head) -> tuple[bytes, bytes, Head]:
+    key = new_private_key()
+    entry, first = signed(before, "key", introduction(before, key.public_key(), None), key)
+    entry, second = signed(entry.head, "terms accepted", {}, key)
+    return first, second, entry.head
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_strangers_entries_behind_the_anchor_are_not_taken_on(log, begun):
+    content = filled(log) if begun else b""
+    if not begun:
+        module._write_anchor(log, module.START)
+    first, second, _ = strangers_lines(head(log) if begun else EMPTY)
+    log.path.write_bytes(content + first + second)
+    if begun:
+        assert verified(log).unfinished == len(first + second)
+    for _ in range(2):
+        with pytest.raises(LogError, match="that this log's key has not signed"):
+            append(log, "sent", {})
+    assert log.path.read_bytes() == content + first + second
+
+
+def test_on_a_strangers_end_nobody_goes_on(log):
+    """Who writes on the disk, without any private key, cuts the log and goes on with a key of its own."""
+    filled(log)
+    lines = log.path.read_bytes().splitlines(keepends=True)[:2]
+    first, second, last = strangers_lines(Head(2, hashlib.sha256(lines[1]).hexdigest()))
+    content = b"".join(lines) + first + second
+    log.path.write_bytes(content)
+    begin, end = len(content) - len(second), len(content)
+    module._write_anchor(log, module._Anchor(last.number, last.hash, begin, end))
+    with pytest.raises(LogError, match="somebody else wrote it"):
+        append(log, "sent", {})
+    assert [entry.number for entry, _ in verified(log).unvouched()] == [3]
+
+
+def test_a_rotation_that_was_interrupted_counts(log):
+    """The entries were written, and neither the anchor nor, before that, the old key's last one."""
+    filled(log)
+    before = log.anchor.read_text()
+    append(log, "sent", {"round": 7})
+    another_key(log, kept=True)
+    append(log, "rotated", {})
+    log.anchor.write_text(before)
+    append(log, "sent", {"round": 8})
+    assert [entry.kind for entry in told(log)][-4:] == ["sent", "key", "rotated", "sent"]
+    assert verified(log).unvouched() == []
 
 
 # --------------------------------------------------------------------------------- what shows
+
+
+def test_every_change_of_a_single_byte_of_the_anchor_shows(log):
+    filled(log, 2)
+    content = log.anchor.read_bytes()
+    for position, byte in enumerate(content):
+        for value in {byte ^ 1, byte ^ 0x20, 10, ord("0"), ord(" ")} - {byte}:
+            log.anchor.write_bytes(content[:position] + bytes([value]) + content[position + 1 :])
+            with pytest.raises(LogError):
+                verified(log)
+    for changed in (content[:-1], content + b" ", content.replace(b"{", b"{ ")):
+        log.anchor.write_bytes(changed)
+        with pytest.raises(LogError):
+            verified(log)
+
+
+def test_a_signature_is_written_in_one_way_only(log, tmp_path):
+    """ECDSA takes (r, n - s) for (r, s), and hexadecimal numbers may have capitals."""
+    content = filled(log, 1)
+    text, _, rest = content.rpartition(b'"signature":"')
+    signature = rest.removesuffix(b'"}\n').decode()
+    r, s = decode_dss_signature(bytes.fromhex(signature))
+    other = encode_dss_signature(r, ORDER - s)
+    key = module.load_signing_key(log.key).public_key()
+    line = content.splitlines(keepends=True)[-1].rpartition(b',"signature"')[0] + b"}"
+    key.verify(other, line, ec.ECDSA(hashes.SHA384()))
+    for written in (other.hex(), signature.upper(), signature[:2] + " " + signature[2:]):
+        (tmp_path / "copy").write_bytes(text + b'"signature":"' + written.encode() + b'"}\n')
+        with pytest.raises(LogError, match="its signature is not good"):
+            verified_copy(tmp_path / "copy")
 
 
 def test_every_change_of_a_single_byte_shows(log):
@@ -177,19 +322,17 @@ def test_an_entry_of_somebody_elses_key_shows(log, tmp_path):
     content = filled(log)
     save_private_key(tmp_path / "other.key", new_private_key())
     entry = verified(log).entries[-1]
-    forged, line = module._signed(
-        entry.head, "sent", {}, module.load_signing_key(tmp_path / "other.key")
-    )
+    forged, line = signed(entry.head, "sent", {}, module.load_signing_key(tmp_path / "other.key"))
     wrong(log, content + line)
     named = json.loads(line) | {"key": entry.key}
-    wrong(log, content + module._canonical(named) + b"\n")
+    wrong(log, content + canonical(named) + b"\n")
     assert forged.number == 5
 
 
 def test_a_number_that_was_left_out_shows_though_its_owner_signed(log):
     content = filled(log)
     last = verified(log).head
-    _, line = module._signed(
+    _, line = signed(
         replace(last, number=last.number + 1), "sent", {}, module.load_signing_key(log.key)
     )
     said = wrong(log, content + line)
@@ -206,7 +349,7 @@ def test_over_a_damaged_end_nothing_is_written(log, what):
     if what == "shorter":
         log.path.write_bytes(content[: content.rindex(b"\n", 0, -1) + 1])
     elif what == "changed":
-        log.path.write_bytes(content[:-5] + b"0" + content[-4:])
+        log.path.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
     elif what == "gone":
         log.path.unlink()
     elif what == "no anchor":
@@ -221,8 +364,10 @@ def test_over_a_damaged_end_nothing_is_written(log, what):
     assert (log.path.read_bytes() if log.path.exists() else b"") == before
 
 
-def test_it_is_known_which_entries_it_holds(log):
+def test_it_is_known_which_entries_it_holds(log, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 700)  # bytes, of lines of about 400
     filled(log)
+    assert len(list(told(log))) == 4
     heads = [entry.head for entry in verified(log).entries]
     assert all(holds(log, one) for one in heads)
     assert not holds(log, Head(5, heads[-1].hash))
@@ -345,6 +490,59 @@ def test_if_the_anchor_cannot_be_written_the_entry_is_taken_back(log, monkeypatc
             append(log, "sent", {})
     assert log.path.read_bytes() == content
     append(log, "sent", {})
+
+
+def test_if_only_the_folder_cannot_be_synced_the_log_goes_on(log, monkeypatch):
+    """The anchor has been replaced then: what it says must stay."""
+    filled(log)
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sync_folder", fail)
+        with pytest.raises(LogError, match="Input/output error"):
+            append(log, "sent", {"round": 7})
+    assert verified(log).entries[-1].details == {"round": 7}
+    append(log, "sent", {"round": 8})
+    assert [entry.details["round"] for entry in told(log, "sent")] == [0, 1, 2, 7, 8]
+
+
+def test_to_look_for_a_late_entry_the_whole_log_is_not_read(log, monkeypatch):
+    known = [append(log, "sent", {"round": number}).head for number in range(30)][-2]
+    monkeypatch.setattr(module, "BLOCK", 1000)
+    read, between = 0, module._between
+
+    def counted(file: object, begin: int, end: int) -> bytes:
+        nonlocal read
+        read += end - begin
+        return between(file, begin, end)
+
+    monkeypatch.setattr(module, "_between", counted)
+    follower = module.Follower(log, ("sent",))
+    assert len(follower.entries()) == 30
+    read = 0
+    assert holds(log, known)
+    append(log, "sent", {"round": 30})
+    assert len(follower.entries()) == 31
+    assert 0 < read < os.path.getsize(log.path) / 4
+
+
+def test_what_was_read_is_read_again_where_another_log_is_there(log):
+    follower = module.Follower(log, ("sent",))
+    filled(log)
+    assert len(follower.entries()) == 3
+    log.path.unlink()
+    assert follower.entries() == []
+    log.anchor.unlink()
+    append(log, "sent", {"round": 9})
+    assert [entry.details["round"] for entry in follower.entries()] == [9]
+    append(log, "refused", {})
+    append(log, "sent", {"round": 10})
+    log.path.unlink()
+    log.anchor.unlink()
+    filled(log, 9)
+    assert [entry.details["round"] for entry in follower.entries()] == list(range(9))
 
 
 def test_to_append_the_whole_log_is_not_read(log, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from common.audit_heads import Heads, attach_heads, attached_heads
 from common.audit_log import EMPTY, Head, LogError, append, told, verified
 from common.keys import fingerprint, new_private_key, public_line
 from common.terms import Terms
+from server import coordinator
 from server.audit_trail import Witness
 from server.cli import app
-from server.coordinator import init_folder
+from server.coordinator import init_folder, renew_certificate
 from server.roll_call import FederationFailed
 from tests.link import reply_to, take
 from tests.server.test_tables import a_round
@@ -139,6 +141,23 @@ def test_a_site_with_a_new_key_may_begin_a_new_log(link, witness, caplog):
     assert Witness(witness.log, _entries=entries)._last("a") == EMPTY
 
 
+def test_a_key_that_is_admitted_while_the_server_runs_may_begin_a_new_log(link, witness):
+    """The remedy for a lost log, `rotate-key` and `admit --replace`, asks for no restart."""
+    client = link.connect("a")
+    append(witness.log, "admitted", {"site": "a", "key": "old"})
+    exchange(link, client, with_heads(weights(b"u"), one(9)))
+    append(witness.log, "admitted", {"site": "b", "key": "other"})
+    append(witness.log, "admitted", {"site": "a", "key": "old"})
+    task = exchange(link, client, with_heads(weights(b"u"), one(9)))
+    assert attached_heads(task.content).yours == one(9), "the same key has the same log"
+    append(witness.log, "admitted", {"site": "a", "key": "new"})
+    task = exchange(link, client, with_heads(weights(b"u"), one(2, "b")))
+    assert attached_heads(task.content).yours == EMPTY
+    task = exchange(link, client, with_heads(weights(b"u"), one(3, "c")))
+    assert attached_heads(task.content).yours == one(2, "b")
+    assert trail(witness, "problem") == []
+
+
 def test_heads_of_another_form_are_named_and_the_reply_still_counts(link, witness):
     client = link.connect("a")
     strange = weights(b"u")
@@ -194,4 +213,25 @@ def test_enrolment_and_certificates_are_entries(folder, tmp_path):
     ]
     admitted = {"kind": "admitted", "site": "Oslo", "key": fingerprint(key), "replace": False}
     assert entries[2] == admitted
-    verified(folder.audit)
+    assert verified(folder.audit).unvouched() == [], "the old server key vouches for the new one"
+    assert not list(folder.path.glob("server.key.*")), "and is then deleted"
+
+
+def test_a_renewal_that_was_interrupted_is_made_good_by_the_next_entry(folder, monkeypatch):
+    """Killed after the key was replaced and before that was noted."""
+    with monkeypatch.context() as patch:
+        patch.setattr(coordinator, "append", lambda *_, **__: sys.exit())
+        with pytest.raises(SystemExit):
+            renew_certificate(folder)
+    append(folder.audit, "server started", {})
+    renew_certificate(folder)
+    reading = verified(folder.audit)
+    assert len(reading.signers()) == 3
+    assert reading.unvouched() == []
+
+
+def test_a_lost_server_key_is_renewed_and_that_is_told(folder):
+    folder.server_key.unlink()
+    renew_certificate(folder)
+    ((entry, _),) = verified(folder.audit).unvouched()
+    assert entry.number == 3
