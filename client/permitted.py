@@ -17,6 +17,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from client.blocks import UnknownBlock, rebuilt
 from client.policy import Policy
 from client.refusals import Refusal, trains
 from common.audit_heads import RECORD as AUDIT
@@ -24,10 +25,8 @@ from common.brats import STRUCTURES
 from common.console import plain
 from common.messages import BLOCK, EXACT, MOST_SUBJECTS, NOISED, STYPE, WITHHELD
 from common.metrics import REGIONS
-from common.secure_messages import VECTOR
 from common.statement import RECORD, BadStatement, read_statement
 from common.terms import FINGERPRINT
-from common.wire import FP16_CHANGE, FP32
 
 METRICS = frozenset(
     {"loss", "voxel_accuracy"}
@@ -38,11 +37,8 @@ METRICS = frozenset(
     }
 )
 CHOOSING = tuple(f"dice/{region}" for region in REGIONS)  # without them a report counts as none
-HEADER_BYTES = 8  # of a safetensors block: the length of its header
-HEADER_SAYS = {"encoding", "scales"}  # beside the tensors, see common.wire
-TENSOR_SAYS = {"dtype", "shape", "data_offsets"}
-ENCODINGS = FP32, FP16_CHANGE
 LONGEST_SIGNATURE = 200  # bytes; of P-384 about 104
+UNKNOWN_BLOCK = "the site's update holds something that cannot be accounted for."
 KEY_LINE = r"ecdsa-sha2-nistp384 [A-Za-z0-9+/]{100,300}={0,2}"
 
 
@@ -331,32 +327,13 @@ def _block(content: RecordDict, name: str) -> Array:
     Raises:
         NotPermitted: it is no safetensors, or holds something beside them.
     """
-    problem = NotPermitted("the site's update holds something that cannot be accounted for.")
     array = content[name].get(BLOCK)
-    if not isinstance(array, Array) or array.stype != STYPE:
-        raise problem
-    data = array.data
-    begin = HEADER_BYTES + int.from_bytes(data[:HEADER_BYTES], "little")
+    if not isinstance(array, Array) or array.stype != STYPE or type(array.data) is not bytes:
+        raise NotPermitted(UNKNOWN_BLOCK)
     try:
-        header = json.loads(data[HEADER_BYTES:begin])
-        says = header.pop("__metadata__", {})
-        scales = json.loads(says.get("scales", "{}"))
-        spans = sorted(tuple(tensor["data_offsets"]) for tensor in header.values())
-        keys = {key for tensor in header.values() for key in tensor}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise problem from error
-    ends = [0, *(end for _, end in spans)]
-    gapless = all(start == end for (start, _), end in zip(spans, ends[:-1], strict=True))
-    if not gapless or begin + ends[-1] != len(data):
-        raise problem
-    if not (keys <= TENSOR_SAYS and set(says) <= HEADER_SAYS and set(scales) <= set(header)):
-        raise problem
-    if name == MASKED and (set(header) != {VECTOR} or says):
-        raise problem
-    if name == WEIGHTS and (says.get("encoding") not in ENCODINGS or set(header) == {VECTOR}):
-        raise problem
-    if any(type(s) is not int for s in scales.values()):
-        raise problem
+        data = rebuilt(array.data, masked=name == MASKED)
+    except UnknownBlock as error:
+        raise NotPermitted(UNKNOWN_BLOCK) from error
     return Array("uint8", (len(data),), STYPE, data)
 
 

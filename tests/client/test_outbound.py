@@ -44,7 +44,7 @@ from common.messages import (
 from common.metrics import SiteMetrics
 from common.statement import Signed, Statement, attach, attached, read_statement
 
-SHAPES = {"conv.weight": (4, 3, 3, 3, 3), "conv.bias": (4,), "norm.count": (), "empty": (0, 7)}
+SHAPES = {"conv.weight": (4, 3, 3, 3, 3), "conv.bias": (4,), "norm.count": (), "norm.scale": ()}
 CARD = SiteCard("Oslo", True, 12, 5, 1, "c0ffee")
 
 
@@ -73,8 +73,8 @@ def record(tmp_path: Path) -> AuditLog:
 
 
 def values() -> int:
-    """Of the model above, counted by hand: 4 * 81 + 4 + 1 + 0."""
-    return 329
+    """Of the model above, counted by hand: 4 * 81 + 4 + 1 + 1."""
+    return 330
 
 
 def update(round_: int = 3, *, loss: float = 0.5, change: bool = True) -> RecordDict:
@@ -148,7 +148,7 @@ def test_a_card_a_report_and_an_error_are_counted():
 def test_a_departure_is_told_in_a_line():
     update_ = inspect(reply(update()))
     size = f"{update_.bytes / 1000:.1f} kB"
-    assert update_.in_words() == f"update of 4 tensors, 329 numbers, {size}"
+    assert update_.in_words() == f"update of 4 tensors, 330 numbers, {size}"
     card = inspect(reply(pack_site_card(CARD)))
     assert card.in_words() == f"card: 5 numbers, {card.bytes / 1000:.1f} kB"
 
@@ -260,7 +260,7 @@ def test_in_words_adds_up(record):
     updates = f"{sum(sizes) / 1000:.1f} kB"
     assert in_words(record) == [
         "2 site cards (name and numbers of subjects; 10 numbers)",
-        f"3 model updates (4 tensors of 329 numbers each time, 15 other numbers, {updates} in all)",
+        f"3 model updates (4 tensors of 330 numbers each time, 15 other numbers, {updates} in all)",
         f"1 set of mean metrics ({metrics.numbers} numbers, {metrics.bytes / 1000:.1f} kB in all)",
         "1 error text",
         "1 acknowledgement",
