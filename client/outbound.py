@@ -21,18 +21,20 @@ from flwr.app import Array, ArrayRecord, Message, MessageType
 from flwr.app.error import Error
 from flwr.common.constant import ErrorCode
 
-from client.permitted import NotPermitted, permitted
+from client.permitted import NotPermitted, Own, permitted
 from client.policy import Policy
 from common.audit_log import AuditLog, LogError, append, told
 from common.console import many, plain
 from common.keys import BadKey
-from common.messages import WITHHELD
+from common.messages import BUDGET_SPENT, POLICY_REFUSED, WITHHELD
 from common.secure_messages import MASKED, SESSION, SHARES, UNMASK, VECTOR
 from common.statement import Signed, attach, attached
 
 SENT = "sent"  # the kind of their entries
+ACCEPTED = "terms accepted"  # the kind of the entry that `client.consent` makes of a yes
 CARD, UPDATE, METRICS, ERROR, OTHER = "card", "update", "metrics", "error", "other"
 KEYS, SEALED, REVEALED = "keys", "sealed", "revealed"  # of secure aggregation, beside the update
+CODES = ErrorCode.CLIENT_APP_RAISED_EXCEPTION, BUDGET_SPENT, POLICY_REFUSED  # of an error
 SECURE = {
     KEYS: "keys for secure aggregation",
     SEALED: "sealed shares of secrets",
@@ -76,14 +78,12 @@ class OutboundError(RuntimeError):
 
 @dataclass(frozen=True)
 class Gate:
-    """What `release` needs: the audit log, this site's policy and name, its signature, and its number
-    of training subjects, which not every answer tells."""
+    """What `release` needs: the audit log, this site's policy, what it knows of itself, its signature."""
 
     record: AuditLog
     policy: Policy
-    site: str
+    own: Own
     sign: Callable[[str], bytes]
-    n_training: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,31 +94,36 @@ class Released:
     departure: Departure
 
 
-def release(reply: Message, gate: Gate) -> Released:
+def release(reply: Message, task: Message, gate: Gate) -> Released:
     """Make of `reply` what the policy permits, and record it; only that may be sent.
 
+    It answers `task`; what `reply` says of its own sender, receiver, time or group does not leave.
     Where nothing of it is permitted, that is an error reply, which says why.
 
     Raises:
         OutboundError: the record cannot be written, or the reply not be accounted for.
     """
-    allowed = _allowed(reply, gate)
+    allowed = _allowed(reply, task, gate)
     return Released(allowed, _record(allowed, gate.record))
 
 
-def _allowed(reply: Message, gate: Gate) -> Message:
+def _allowed(reply: Message, task: Message, gate: Gate) -> Message:
     if reply.has_error():
-        code, reason = reply.error.code, reply.error.reason or ""
-        return Message(metadata=reply.metadata, error=Error(code, plain(reason)))
+        return _error(task, reply.error.code, plain(str(reply.error.reason or "")))
     try:
-        content = permitted(reply.content, gate.policy, gate.site, gate.n_training)
+        content = permitted(reply.content, gate.policy, gate.own)
     except NotPermitted as no:
-        error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(no))
-        return Message(metadata=reply.metadata, error=error)
+        code = POLICY_REFUSED if no.by_policy else ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+        return _error(task, code, str(no))
     stated = attached(content)
     if stated is not None:  # signed here, so that the key vouches for what leaves and nothing else
         attach(content, Signed(stated.text, gate.sign(stated.text)))
-    return Message(metadata=reply.metadata, content=content)
+    return Message(content, reply_to=task)
+
+
+def _error(task: Message, code: int, reason: str) -> Message:
+    known = code if code in CODES else int(ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
+    return Message(Error(known, reason), reply_to=task)
 
 
 def _record(reply: Message, record: AuditLog) -> Departure:
@@ -132,7 +137,8 @@ def inspect(reply: Message) -> Departure:
     """What a reply holds, read from the reply itself. Raises OutboundError: that is not possible."""
     if reply.has_error():
         reason = reply.error.reason or ""
-        return Departure(ERROR, None, 0, 0, 0, len(reason.encode()), "", {"reason": reason}, [])
+        said = {"code": reply.error.code, "reason": reason}
+        return Departure(ERROR, None, 0, 0, 1, len(reason.encode()), "", said, [])
     weights = size = 0
     names: list[str] = []
     digest = hashlib.sha256()
@@ -175,13 +181,19 @@ def answer_to(task: Message) -> str:
     return {SHARES: SEALED, MASKED: UPDATE, UNMASK: REVEALED}.get(kind, METRICS)
 
 
-def answered(record: AuditLog, kind: str, since: str) -> dict[int, int]:
-    """Round -> how many replies of this kind were released since then (ISO time, UTC)."""
-    return Counter(
-        row["round"]
-        for row in departures(record)
-        if row["kind"] == kind and row["at"] >= since and row["round"] is not None
-    )
+def answered(record: AuditLog, kind: str) -> dict[int, int]:
+    """Round -> how many replies of this kind were released since the last yes to terms.
+
+    By the order of the entries and not by their times: a clock that was ahead would hide some.
+    """
+    found: Counter[int] = Counter()
+    with _usable(record):
+        for entry in told(record, SENT, ACCEPTED):
+            if entry.kind == ACCEPTED:
+                found.clear()
+            elif entry.details["kind"] == kind and entry.details["round"] is not None:
+                found[entry.details["round"]] += 1
+    return found
 
 
 def departures(record: AuditLog) -> list[dict[str, Any]]:
