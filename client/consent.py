@@ -48,12 +48,6 @@ def accepted_terms(folder: HospitalFolder) -> Terms | None:
     return terms_from(stored["terms"]) if stored else None
 
 
-def accepted_at(folder: HospitalFolder) -> str:
-    """When it did, as an ISO time in UTC; "" if it has not."""
-    stored = _read(folder.accepted)
-    return str(stored.get("accepted_at", "")) if stored else ""
-
-
 def proposed_terms(folder: HospitalFolder) -> Terms | None:
     """Terms that the coordinator proposed since, and that await an answer."""
     stored = _read(folder.proposed)

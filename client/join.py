@@ -38,6 +38,7 @@ from client.connection import (
 from client.display import Display
 from client.hospital import HospitalFolder
 from client.parcel import pack, unpack
+from client.permitted import Own
 from client.site_config import SiteConfig
 from client.worker_process import Event, Worker
 from common.audit_log import LogError
@@ -45,6 +46,7 @@ from common.code_hash import code_hash
 from common.console import plain
 from common.invitation import Invitation
 from common.keys import BadKey, load_private_key
+from common.messages import POLICY_REFUSED
 from common.notices import is_farewell, unpack_farewell, unpack_roll_call
 from common.progress import Progress
 from common.records import BadMessage
@@ -82,6 +84,7 @@ class Stopped(RuntimeError):
 class _Task:
     message: Message
     began: float
+    ended: str = ""  # why, if it had to end before it was done
 
 
 class Membership:
@@ -102,7 +105,9 @@ class Membership:
         self._terms = self._accepted()
         self._trail = Trail(folder.audit)
         self._worker: Worker | None = None
-        self._gate = outbound.Gate(folder.audit, settings.policy, invitation.site, self._sign)
+        privacy = None if settings.privacy is None else settings.privacy.metrics
+        own = Own(invitation.site, privacy=privacy)
+        self._gate = outbound.Gate(folder.audit, settings.policy, own, self._sign)
         self._model_bytes = 0
         self._connection: Connection | None = None  # once it has been open
         self._task: _Task | None = None
@@ -165,7 +170,9 @@ class Membership:
             if event.kind == "prepared":
                 d = event.details
                 self._model_bytes = d["model_bytes"]
-                self._gate = replace(self._gate, n_training=d["n_training"])
+                counts = ("n_training", "training_patients", "held_out_patients")
+                own = replace(self._gate.own, **{name: d[name] for name in counts})
+                self._gate = replace(self._gate, own=own)
                 numbers = {key: d[key] for key in ("n_training", "n_held_out", "n_left_out")}
                 self._display.set(**numbers)
                 LOG.info(
@@ -196,8 +203,9 @@ class Membership:
             self._stop.clear()  # for a last word
             if self._task is not None:  # so that nobody waits for it
                 with contextlib.suppress(Exception):
-                    reply = self._error(self._task.message, "the site's client was stopped.")
-                    released = outbound.release(reply, self._gate)
+                    task = self._task.message
+                    reply = self._error(task, "the site's client was stopped.")
+                    released = outbound.release(reply, task, self._gate)
                     connection.send(released.reply)
             connection.close()
 
@@ -261,7 +269,7 @@ class Membership:
         if told is False:
             self._in_vain[tree.object_id] = True
             self._address_replies(connection, head, tree)
-            self._answer(connection, self._error(head, "its answer was not accepted."))
+            self._answer(connection, head, self._error(head, "its answer was not accepted."))
         return told is not None
 
     def _begin(self, message: Message) -> None:
@@ -282,17 +290,18 @@ class Membership:
         """Hear the worker for this long; an answer, its death or the deadline end the task."""
         task, worker = self._task, self._worker
         assert task is not None
-        assert worker is not None
         until = time.monotonic() + seconds
         while self._task is task and (left := until - time.monotonic()) > 0:
+            self._end_if_overdue(task)
+            if task.ended or worker is None:
+                self._finish(connection, self._error(task.message, task.ended))
+                return
             event = self._kept.pop(0) if self._kept else worker.event(min(left, 0.2))
             if self._stop.is_set():
                 return
             if event is None or self._shown(event):
-                if reason := self._overdue(task):
-                    self._end_worker()
-                    self._finish(connection, self._error(task.message, reason))
-            elif event.kind == "reply":
+                continue
+            if event.kind == "reply":
                 self._finish(connection, unpack(event.payload))
             else:
                 LOG.warning(event.details["text"])
@@ -309,7 +318,7 @@ class Membership:
         if reply.has_error():
             LOG.warning(f"the answer is a refusal: {reply.error.reason}")
         self._trail.done(task.message, reply, seconds)
-        departure = self._answer(connection, reply)
+        departure = self._answer(connection, task.message, reply)
         if departure is not None and departure.kind == outbound.ERROR and not reply.has_error():
             LOG.warning(f"the answer was not let out: {departure.details['reason']}")
         left = outbound.in_words(self._folder.audit)
@@ -331,7 +340,7 @@ class Membership:
         if run_id not in self._runs:
             self._runs[run_id] = self._persist(lambda: connection.run(run_id))
         kind = head.metadata.message_type
-        return refusals.foreign(self._gate.site, self._invitation, *self._runs[run_id], kind)
+        return refusals.foreign(self._gate.own.site, self._invitation, *self._runs[run_id], kind)
 
     def _unwanted(self, message: Message) -> str:
         """Why a task that is this federation's is not done all the same; empty if it is."""
@@ -339,19 +348,21 @@ class Membership:
         if kind == MessageType.QUERY:
             reason = self._other_terms(unpack_roll_call(message.content))
         else:
-            since = consent.accepted_at(self._folder)
-            answered = outbound.answered(self._folder.audit, outbound.answer_to(message), since)
-            reason = refusals.too_often(self._gate.site, kind, round_, answered)
+            answered = outbound.answered(self._folder.audit, outbound.answer_to(message))
+            reason = refusals.too_often(self._gate.own.site, kind, round_, answered)
         broken = refusals.broken_by_task(
-            self._settings.policy, kind, round_, self._gate.n_training, datetime.now()
+            self._settings.policy, kind, round_, self._gate.own.trained_on, datetime.now()
         )
-        return reason or ("" if broken is None else f"{self._gate.site}: {broken}.")
+        return reason or self._in_words(broken)
 
     def _other_terms(self, proposed: Terms) -> str:
         """Why a roll call is not answered; changed terms wait for `fed-client review`."""
         policy, private = self._settings.policy, self._settings.privacy is not None
-        broken = refusals.broken_by_terms(policy, proposed, self._invitation, private=private)
-        reason = refusals.other_terms(self._gate.site, self._terms, proposed, broken)
+        updates = refusals.trains(policy, self._gate.own.trained_on)
+        broken = refusals.broken_by_terms(
+            policy, proposed, self._invitation, private=private, updates=updates
+        )
+        reason = refusals.other_terms(self._gate.own.site, self._terms, proposed, broken)
         if proposed.hash() == self._terms.hash():
             return reason
         known = consent.proposed_terms(self._folder)
@@ -374,7 +385,17 @@ class Membership:
             return f"it took longer than the round's deadline of {ttl / 60:g} minutes."
         kind = task.message.metadata.message_type
         broken = refusals.broken_by_running(self._settings.policy, kind, seconds, datetime.now())
-        return "" if broken is None else f"{self._gate.site}: {broken}."
+        return self._in_words(broken)
+
+    def _in_words(self, broken: refusals.Refusal | None) -> str:
+        """A rule that is broken, for the coordinator; empty if none is."""
+        return refusals.ByPolicy(f"{self._gate.own.site}: {broken}.") if broken else ""
+
+    def _end_if_overdue(self, task: _Task) -> None:
+        """The worker ends at once, also while the coordinator is away and cannot be told."""
+        if not task.ended and (reason := self._overdue(task)):
+            task.ended = reason
+            self._end_worker()
 
     def _notice_acceptance(self) -> None:
         """Changed terms can be accepted, or the acceptance withdrawn, while this runs."""
@@ -399,7 +420,7 @@ class Membership:
         self._refused = reason
         self._display.set(refused=reason)
         self._trail.refused(message, reason)
-        self._answer(connection, self._error(message, reason))
+        self._answer(connection, message, self._error(message, reason))
 
     def _farewell(self, connection: Connection, message: Message) -> bool:
         farewell = unpack_farewell(message.content)
@@ -408,18 +429,20 @@ class Membership:
         with contextlib.suppress(Unreachable, Refused, RunOver):
             reply = Message(content, reply_to=message)
             self._trail.tell(reply)
-            released = outbound.release(reply, self._gate)
+            released = outbound.release(reply, message, self._gate)
             connection.send(released.reply)
         LOG.info(f"the federation is over.\n{farewell.verdict[:LONGEST_VERDICT]}")
         return farewell.complete
 
     # ------------------------------------------------------------------------------------- the rest
 
-    def _answer(self, connection: Connection, reply: Message) -> outbound.Departure | None:
+    def _answer(
+        self, connection: Connection, task: Message, reply: Message
+    ) -> outbound.Departure | None:
         """Record a reply, send it, and try again until it has arrived or nobody waits for it."""
         self._trail.tell(reply)
         try:
-            released = outbound.release(reply, self._gate)
+            released = outbound.release(reply, task, self._gate)
             kept = self._persist(lambda: connection.send(released.reply))
         except RunOver as error:
             LOG.warning(str(error))
@@ -427,7 +450,7 @@ class Membership:
         except outbound.OutboundError as error:
             raise JoinFailed(str(error)) from error
         if not kept:
-            self._in_vain.setdefault(reply.metadata.reply_to_message_id, False)
+            self._in_vain.setdefault(_id(task), False)
             LOG.info("the coordinator no longer waits for this answer")
             return None
         return released.departure
@@ -498,6 +521,8 @@ class Membership:
         """The worker goes on meanwhile, and must be heard or it would get stuck."""
         until = time.monotonic() + seconds
         while not self._stop.is_set() and (left := until - time.monotonic()) > 0:
+            if self._task is not None:
+                self._end_if_overdue(self._task)
             if self._worker is None or self._kept:
                 self._stop.wait(min(left, 0.2))
             elif (event := self._worker.event(min(left, 0.2))) and not self._shown(event):
@@ -532,7 +557,9 @@ class Membership:
 
     @staticmethod
     def _error(message: Message, reason: str) -> Message:
-        code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+        """That a rule of the policy refuses is no failure of the site."""
+        by_policy = isinstance(reason, refusals.ByPolicy)
+        code = POLICY_REFUSED if by_policy else int(ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
         return Message(Error(code=code, reason=plain(reason)), reply_to=message)
 
 

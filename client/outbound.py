@@ -22,21 +22,25 @@ from flwr.app import Array, ArrayRecord, Message, MessageType
 from flwr.app.error import Error
 from flwr.common.constant import ErrorCode
 
-from client.permitted import NotPermitted, permitted
+from client.permitted import NotPermitted, Own, permitted
 from client.policy import Policy
 from common.audit_log import AuditLog, Follower, LogError, append, last_entry
 from common.console import many, plain
 from common.keys import BadKey
-from common.messages import WITHHELD
-from common.secure_messages import MASKED, SESSION, SHARES, UNMASK, VECTOR
+from common.messages import BUDGET_SPENT, POLICY_REFUSED, WITHHELD
+from common.secure_messages import AGREE, MASKED, SESSION, SHARES, UNMASK, VECTOR
 from common.statement import Signed, attach, attached
 
 SENT = "sent"  # the kind of their entries
+ACCEPTED = "terms accepted"  # the kind of the entry that `client.consent` makes of a yes
 CARD, UPDATE, METRICS, ERROR, OTHER = "card", "update", "metrics", "error", "other"
-KEYS, SEALED, REVEALED = "keys", "sealed", "revealed"  # of secure aggregation, beside the update
+# of secure aggregation, beside the update
+KEYS, SEALED, AGREED, REVEALED = "keys", "sealed", "agreed", "revealed"
+CODES = ErrorCode.CLIENT_APP_RAISED_EXCEPTION, BUDGET_SPENT, POLICY_REFUSED  # of an error
 SECURE = {
     KEYS: "keys for secure aggregation",
     SEALED: "sealed shares of secrets",
+    AGREED: "signatures under lists of sites",
     REVEALED: "shares that unmask a sum",
 }
 
@@ -77,14 +81,12 @@ class OutboundError(RuntimeError):
 
 @dataclass(frozen=True)
 class Gate:
-    """What `release` needs: the audit log, this site's policy and name, its signature, and its number
-    of training subjects, which not every answer tells."""
+    """What `release` needs: the audit log, this site's policy, what it knows of itself, its signature."""
 
     record: AuditLog
     policy: Policy
-    site: str
+    own: Own
     sign: Callable[[str], bytes]
-    n_training: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,31 +97,36 @@ class Released:
     departure: Departure
 
 
-def release(reply: Message, gate: Gate) -> Released:
+def release(reply: Message, task: Message, gate: Gate) -> Released:
     """Make of `reply` what the policy permits, and record it; only that may be sent.
 
+    It answers `task`; what `reply` says of its own sender, receiver, time or group does not leave.
     Where nothing of it is permitted, that is an error reply, which says why.
 
     Raises:
         OutboundError: the record cannot be written, or the reply not be accounted for.
     """
-    allowed = _allowed(reply, gate)
+    allowed = _allowed(reply, task, gate)
     return Released(allowed, _record(allowed, gate.record))
 
 
-def _allowed(reply: Message, gate: Gate) -> Message:
+def _allowed(reply: Message, task: Message, gate: Gate) -> Message:
     if reply.has_error():
-        code, reason = reply.error.code, reply.error.reason or ""
-        return Message(metadata=reply.metadata, error=Error(code, plain(reason)))
+        return _error(task, reply.error.code, plain(str(reply.error.reason or "")))
     try:
-        content = permitted(reply.content, gate.policy, gate.site, gate.n_training)
+        content = permitted(reply.content, gate.policy, gate.own)
     except NotPermitted as no:
-        error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(no))
-        return Message(metadata=reply.metadata, error=error)
+        code = POLICY_REFUSED if no.by_policy else ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+        return _error(task, code, str(no))
     stated = attached(content)
     if stated is not None:  # signed here, so that the key vouches for what leaves and nothing else
         attach(content, Signed(stated.text, gate.sign(stated.text)))
-    return Message(metadata=reply.metadata, content=content)
+    return Message(content, reply_to=task)
+
+
+def _error(task: Message, code: int, reason: str) -> Message:
+    known = code if code in CODES else int(ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
+    return Message(Error(known, reason), reply_to=task)
 
 
 def _record(reply: Message, record: AuditLog) -> Departure:
@@ -141,7 +148,8 @@ def inspect(reply: Message) -> Departure:
     """What a reply holds, read from the reply itself. Raises OutboundError: that is not possible."""
     if reply.has_error():
         reason = reply.error.reason or ""
-        return Departure(ERROR, None, 0, 0, 0, len(reason.encode()), "", {"reason": reason}, [])
+        said = {"code": reply.error.code, "reason": reason}
+        return Departure(ERROR, None, 0, 0, 1, len(reason.encode()), "", said, [])
     weights = size = 0
     names: list[str] = []
     digest = hashlib.sha256()
@@ -170,7 +178,7 @@ def inspect(reply: Message) -> Departure:
     elif "card" in details:
         kind = CARD
     else:
-        kind = next((name for name in (KEYS, SEALED, REVEALED) if name in details), OTHER)
+        kind = next((name for name in (KEYS, SEALED, AGREED, REVEALED) if name in details), OTHER)
     round_ = details.get("about", {}).get("round")
     hash_ = digest.hexdigest() if names else ""
     return Departure(kind, round_, len(names), weights, numbers, size, hash_, details, names)
@@ -181,29 +189,39 @@ def answer_to(task: Message) -> str:
     kind = task.metadata.message_type
     if kind == MessageType.TRAIN:
         return KEYS if SESSION in task.content else UPDATE
-    return {SHARES: SEALED, MASKED: UPDATE, UNMASK: REVEALED}.get(kind, METRICS)
+    return {SHARES: SEALED, MASKED: UPDATE, AGREE: AGREED, UNMASK: REVEALED}.get(kind, METRICS)
 
 
-def answered(record: AuditLog, kind: str, since: str) -> dict[int, int]:
-    """Round -> how many replies of this kind were released since then (ISO time, UTC)."""
-    return Counter(
-        row["round"]
-        for row in departures(record)
-        if row["kind"] == kind and row["at"] >= since and row["round"] is not None
-    )
+def answered(record: AuditLog, kind: str) -> dict[int, int]:
+    """Round -> how many replies of this kind were released since the last yes to terms.
+
+    By the order of the entries and not by their times: a clock that was ahead would hide some.
+    """
+    found: Counter[int] = Counter()
+    with _usable(record):
+        for entry in _followed(record).entries():
+            if entry.kind == ACCEPTED:
+                found.clear()
+            elif entry.details["kind"] == kind and entry.details["round"] is not None:
+                found[entry.details["round"]] += 1
+    return found
 
 
 def departures(record: AuditLog) -> list[dict[str, Any]]:
     """Everything recorded, in order, as plain JSON types; `id` is the number of the log's entry."""
     with _usable(record):
         entries = _followed(record).entries()
-    return [{"id": entry.number, "at": entry.at, **entry.details} for entry in entries]
+    return [
+        {"id": entry.number, "at": entry.at, **entry.details}
+        for entry in entries
+        if entry.kind == SENT
+    ]
 
 
 @cache
 def _followed(record: AuditLog) -> Follower:
     """`join` looks for each message, and the log grows for years: only what is new is read."""
-    return Follower(record, (SENT,))
+    return Follower(record, (SENT, ACCEPTED))
 
 
 def in_words(record: AuditLog) -> list[str]:

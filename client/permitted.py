@@ -12,11 +12,12 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from client.blocks import UnknownBlock, rebuilt
 from client.policy import Policy
 from client.refusals import Refusal, trains
 from common.audit_heads import RECORD as AUDIT
@@ -24,10 +25,8 @@ from common.brats import STRUCTURES
 from common.console import plain
 from common.messages import BLOCK, EXACT, MOST_SUBJECTS, NOISED, STYPE, WITHHELD
 from common.metrics import REGIONS
-from common.secure_messages import VECTOR
-from common.statement import RECORD, BadStatement, read_statement
+from common.statement import RECORD, BadStatement, Statement, read_statement
 from common.terms import FINGERPRINT
-from common.wire import FP16_CHANGE, FP32
 
 METRICS = frozenset(
     {"loss", "voxel_accuracy"}
@@ -38,16 +37,49 @@ METRICS = frozenset(
     }
 )
 CHOOSING = tuple(f"dice/{region}" for region in REGIONS)  # without them a report counts as none
-HEADER_BYTES = 8  # of a safetensors block: the length of its header
-HEADER_SAYS = {"encoding", "scales"}  # beside the tensors, see common.wire
-TENSOR_SAYS = {"dtype", "shape", "data_offsets"}
-ENCODINGS = FP32, FP16_CHANGE
+STATED = {  # of a privacy statement, what is text; its numbers are numbers
+    "federation": "[0-9a-f]{0,64}",
+    "code": "[0-9a-f]{0,64}",
+    "at": "[0-9TZ:.+-]{0,40}",
+    "metrics": f"{EXACT}|{NOISED}|{WITHHELD}",
+    "accountant": "[A-Za-z0-9 .,;:()'+-]{0,200}",
+    "ledger": "[0-9a-f]{0,64}",
+    "head": "[0-9a-f]{0,64}",
+}
+PROTECTION = "epsilon", "delta", "budget", "noise_multiplier", "sampling_rate", "clip", "steps"
+LONGEST_LOG = 2**53  # entries
 LONGEST_SIGNATURE = 200  # bytes; of P-384 about 104
+OTHER_NAME = "the site's answer has another site's name."
+UNKNOWN_BLOCK = "the site's update holds something that cannot be accounted for."
 KEY_LINE = r"ecdsa-sha2-nistp384 [A-Za-z0-9+/]{100,300}={0,2}"
 
 
 class NotPermitted(RuntimeError):
-    """An answer may not leave; the text says why, and may leave itself."""
+    """An answer may not leave; the text says why, and may leave itself. `by_policy`: by a rule of it."""
+
+    def __init__(self, why: str | Refusal) -> None:
+        super().__init__(str(why))
+        self.by_policy = isinstance(why, Refusal)
+
+
+@dataclass(frozen=True)
+class Own:
+    """What the gate knows of its own site by itself, whatever an answer says.
+
+    `privacy` is how a site with a privacy budget releases its metrics (`privacy.metrics`), None where
+    there is no budget. Scans are subjects here; several can be of one patient.
+    """
+
+    site: str
+    n_training: int = 0
+    training_patients: int = 0
+    held_out_patients: int = 0
+    privacy: str | None = None
+
+    @property
+    def trained_on(self) -> int:
+        """What `min_subjects` is held against: as many subjects, of as many patients."""
+        return min(self.n_training, self.training_patients)
 
 
 def _count(value: Any) -> Any:
@@ -59,7 +91,10 @@ def _flag(value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    return value if type(value) is float else None
+    """There are many NaN, and which of them it is could say something."""
+    if type(value) is not float:
+        return None
+    return math.nan if math.isnan(value) else value
 
 
 def _words(value: Any) -> Any:
@@ -80,19 +115,24 @@ def _emptied(value: Any) -> Any:
 
 
 def _statement(value: Any) -> Any:
-    """Only what a statement has: it is read and written anew."""
+    """Only what a statement has: it is read and written anew. Whose it is, is asked later."""
     try:
-        return read_statement(value).text() if type(value) is str else None
+        stated = read_statement(value) if type(value) is str else None
     except BadStatement:
         return None
+    good = stated is not None and all(
+        re.fullmatch(form, getattr(stated, name)) for name, form in STATED.items()
+    )
+    return stated.text() if stated and good and stated.entries >= 0 else None
 
 
 def _mean(value: Any) -> Any:
-    return float(value) if type(value) in (int, float) else None
+    whole = type(value) is int and abs(value) <= MOST_SUBJECTS
+    return float(value) if whole else _number(value)
 
 
 def _length(value: Any) -> Any:
-    return value if type(value) is int and value >= 0 else None
+    return value if type(value) is int and 0 <= value <= LONGEST_LOG else None
 
 
 def _signature(value: Any) -> Any:
@@ -194,14 +234,14 @@ ANSWERS: dict[str, dict[str, dict[str, Kind]]] = {
             "round": _count,
             "loss": _number,
             "seconds": _number,
-            "samples_per_second": _number,
         },
         "keys": {"advert": _advert, "signature": _signature},
         RECORD: STATEMENT,
     },
     "sealed": {"about": STAGE, "sealed": {"json": _shares}},
     "revealed": {"about": STAGE, "revealed": {"json": _shares}},
-    MASKED: {"about": STAGE, MASKED: {}},
+    "agreed": {"about": STAGE, "agreed": {"signature": _signature}},
+    MASKED: {"about": STAGE, MASKED: {}, "present": {"signature": _signature}},
 }
 BLOCKS = WEIGHTS, MASKED
 RECORDS = {
@@ -210,45 +250,58 @@ RECORDS = {
     WEIGHTS: ArrayRecord,
     MASKED: ArrayRecord,
 }
-SECURE = "sealed", "revealed", MASKED
+SECURE = "sealed", "agreed", "revealed", MASKED
 TRAINING_NUMBERS = "loss", "seconds", "samples_per_second"
 
 Values = dict[str, dict[str, Any]]
 
 
-def permitted(content: RecordDict, policy: Policy, site: str, n_training: int) -> RecordDict:
+def permitted(content: RecordDict, policy: Policy, own: Own) -> RecordDict:
     """A new answer with what of `content` may leave. What comes out comes out again unchanged.
-
-    `n_training`: this site's number of training subjects, where the answer does not tell it.
 
     A report of which the Dice means may not leave withholds all its means, as a private site's does.
 
     Raises:
         NotPermitted: nothing may; the text names the rule.
     """
+    try:
+        return _permitted(content, policy, own)
+    except NotPermitted:
+        raise
+    except Exception as error:  # whatever it is that nobody thought of, it does not leave
+        raise NotPermitted("the site's answer cannot be accounted for.") from error
+
+
+def _permitted(content: RecordDict, policy: Policy, own: Own) -> RecordDict:
     answer = next((name for name in ANSWERS if _is_there(content, name)), None)
     if answer is None:
         raise NotPermitted("the site's answer is none of those that may leave it.")
     listed = {**ANSWERS[answer], AUDIT: HEADS}
-    values = {name: _values(content, name, kinds, site) for name, kinds in listed.items()}
+    values = {name: _values(content, name, kinds, own.site) for name, kinds in listed.items()}
     for name, value in values.get("about", {}).items():
         if name in TRAINING_NUMBERS:
             values["about"][name] = _rounded(value, policy)
-    if not policy.training_numbers and "about" in values:
-        values["about"] = {k: v for k, v in values["about"].items() if k not in TRAINING_NUMBERS}
+    # with a budget they would be told outside of it, for they depend on the patients
+    if "about" in values and (not policy.training_numbers or own.privacy is not None):
+        _drop_training_numbers(values)
     for name, whole in ((RECORD, STATEMENT), (AUDIT, HEADS)):  # all of it or none
         if values.get(name, {}).keys() != whole.keys():
             values.pop(name, None)
+    stated = read_statement(values[RECORD]["statement"]) if RECORD in values else None
+    if stated is not None and stated.site != own.site:
+        raise NotPermitted(OTHER_NAME)
     if answer == "card":
-        _restrict_card(values["card"], policy, n_training)
+        _restrict_card(values["card"], policy, own)
     elif answer == "means":
-        _restrict_report(values, policy)
+        _restrict_report(values, policy, own)
     elif answer == WEIGHTS:
-        _require_update(values, policy, values["about"].get("n_training", 0), masked=False)
+        n = min(values["about"].get("n_training", 0), own.trained_on)
+        _require_update(policy, n, masked=False, protected=own.privacy and _is_protected(stated))
     elif answer == "keys":
-        _require_update(values, policy, n_training, masked=True)
-    elif answer in SECURE and not policy.send_updates:
-        raise NotPermitted(str(Refusal("send_updates", "no model update leaves this site")))
+        protected = own.privacy and _is_protected(stated)
+        _require_update(policy, own.trained_on, masked=True, protected=protected)
+    elif answer in SECURE:  # the update of which these speak was stated before
+        _require_update(policy, own.trained_on, masked=True, protected=own.privacy)
     made = RecordDict()
     for name in listed:
         if name in BLOCKS:
@@ -259,25 +312,33 @@ def permitted(content: RecordDict, policy: Policy, site: str, n_training: int) -
     return made
 
 
-def _restrict_card(card: dict[str, Any], policy: Policy, n_training: int) -> None:
+def _drop_training_numbers(values: Values) -> None:
+    values["about"] = {k: v for k, v in values["about"].items() if k not in TRAINING_NUMBERS}
+
+
+def _restrict_card(card: dict[str, Any], policy: Policy, own: Own) -> None:
     card["shows_name"] = policy.show_name
     card.setdefault("trains", False)
-    if not trains(policy, card.get("n_training", n_training)):
+    if not trains(policy, min(card.get("n_training", own.trained_on), own.trained_on)):
         card |= {"trains": False, "n_training": 0, "resting": ""}
 
 
-def _restrict_report(values: Values, policy: Policy) -> None:
+def _restrict_report(values: Values, policy: Policy, own: Own) -> None:
     about, means, defined = values["about"], values["means"], values["defined"]
     n = defined.get("n", 0)
     kept = {
         name: _rounded(mean, policy)
         for name, mean in means.items()
         if name.partition("/")[0] in policy.metrics
-        and _behind(mean, defined.get(name), n) >= policy.min_subjects
+        and min(_behind(mean, defined.get(name), n), own.held_out_patients) >= policy.min_subjects
     }
-    if about.get("released") == WITHHELD or any(name not in kept for name in CHOOSING):
+    if own.privacy == NOISED:
+        kept = {name: mean for name, mean in kept.items() if name in CHOOSING}
+    hidden = own.privacy == WITHHELD or (own.privacy == NOISED and about.get("released") != NOISED)
+    if hidden or about.get("released") == WITHHELD or any(name not in kept for name in CHOOSING):
         kept = {}
         about["released"] = WITHHELD
+        _drop_training_numbers(values)  # how long it took depends on the patients too
         if RECORD in values:  # who says otherwise beside it would be taken for a liar
             stated = read_statement(values[RECORD]["statement"])
             values[RECORD]["statement"] = replace(stated, metrics=WITHHELD).text()
@@ -292,24 +353,32 @@ def _behind(mean: float, defined: int | None, n: int) -> int:
     return n if defined == 0 and math.isnan(mean) else defined
 
 
-def _require_update(values: Values, policy: Policy, n: int, *, masked: bool) -> None:
-    """Of an update over `n` subjects, or of the keys with which a masked one begins.
+def _require_update(policy: Policy, n: int, *, masked: bool, protected: object) -> None:
+    """Of an update over `n` subjects, or of a step with which a masked one is made.
 
     Raises:
         NotPermitted
     """
-    statement = values.get(RECORD, {}).get("statement")
     refusal = None
     if not policy.send_updates:
         refusal = Refusal("send_updates", "no model update leaves this site")
     elif n < policy.min_subjects:
         refusal = Refusal("min_subjects", f"no update of fewer than {policy.min_subjects} leaves")
-    elif policy.require_privacy and not (statement and read_statement(statement).private):
+    elif policy.require_privacy and not protected:
         refusal = Refusal("require_privacy", "the update is not protected")
     elif policy.require_secure_aggregation and not masked:
         refusal = Refusal("require_secure_aggregation", "the update is not masked")
     if refusal is not None:
-        raise NotPermitted(str(refusal))
+        raise NotPermitted(refusal)
+
+
+def _is_protected(stated: Statement | None) -> bool:
+    """Does a statement say by how much? That it says `private` alone is no protection."""
+    return (
+        stated is not None
+        and stated.private
+        and all((getattr(stated, name) or 0) > 0 for name in PROTECTION)
+    )
 
 
 def _is_there(content: RecordDict, name: str) -> bool:
@@ -322,7 +391,7 @@ def _values(content: RecordDict, name: str, kinds: dict[str, Kind], site: str) -
     record = content[name]
     found = {key: kind(record[key]) for key, kind in kinds.items() if key in record}
     if found.get("site") not in (None, site):
-        raise NotPermitted("the site's answer has another site's name.")
+        raise NotPermitted(OTHER_NAME)
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -332,32 +401,13 @@ def _block(content: RecordDict, name: str) -> Array:
     Raises:
         NotPermitted: it is no safetensors, or holds something beside them.
     """
-    problem = NotPermitted("the site's update holds something that cannot be accounted for.")
     array = content[name].get(BLOCK)
-    if not isinstance(array, Array) or array.stype != STYPE:
-        raise problem
-    data = array.data
-    begin = HEADER_BYTES + int.from_bytes(data[:HEADER_BYTES], "little")
+    if not isinstance(array, Array) or array.stype != STYPE or type(array.data) is not bytes:
+        raise NotPermitted(UNKNOWN_BLOCK)
     try:
-        header = json.loads(data[HEADER_BYTES:begin])
-        says = header.pop("__metadata__", {})
-        scales = json.loads(says.get("scales", "{}"))
-        spans = sorted(tuple(tensor["data_offsets"]) for tensor in header.values())
-        keys = {key for tensor in header.values() for key in tensor}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise problem from error
-    ends = [0, *(end for _, end in spans)]
-    gapless = all(start == end for (start, _), end in zip(spans, ends[:-1], strict=True))
-    if not gapless or begin + ends[-1] != len(data):
-        raise problem
-    if not (keys <= TENSOR_SAYS and set(says) <= HEADER_SAYS and set(scales) <= set(header)):
-        raise problem
-    if name == MASKED and (set(header) != {VECTOR} or says):
-        raise problem
-    if name == WEIGHTS and (says.get("encoding") not in ENCODINGS or set(header) == {VECTOR}):
-        raise problem
-    if any(type(s) is not int for s in scales.values()):
-        raise problem
+        data = rebuilt(array.data, masked=name == MASKED)
+    except UnknownBlock as error:
+        raise NotPermitted(UNKNOWN_BLOCK) from error
     return Array("uint8", (len(data),), STYPE, data)
 
 

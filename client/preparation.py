@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from client.refusals import tells_metrics
 from client.site import write_site
 from client.site_config import SiteConfig
 from common.config_file import dump_config
@@ -26,6 +27,8 @@ class Prepared:
     n_held_out: int
     n_left_out: int
     warnings: int
+    training_patients: int
+    held_out_patients: int
 
 
 class UnusableData(ValueError):
@@ -74,6 +77,9 @@ def prepare_hospital(
         )
     if not site.training and not site.held_out:
         raise UnusableData(f"{data}: no subject can be used.", findings)
+    trained, measured = (
+        {site.patients[entry.id] for entry in side} for side in (site.training, site.held_out)
+    )
     write_site(
         state,
         name=name,
@@ -88,6 +94,9 @@ def prepare_hospital(
         ledger=settings.privacy_ledger,
         key=key,
         roster=terms.roster,
+        tells_metrics=tells_metrics(settings.policy, len(site.held_out), len(measured)),
     )
     warnings = sum(finding.severity == "warning" for finding in findings)
-    return Prepared(len(site.training), len(site.held_out), len(bad), warnings)
+    return Prepared(
+        len(site.training), len(site.held_out), len(bad), warnings, len(trained), len(measured)
+    )

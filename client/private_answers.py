@@ -122,7 +122,7 @@ def private_report(
         released=WITHHELD,
         statement=Signed(replace(statement(site, task.round), metrics=WITHHELD).text()),
     )
-    if site.budget.metrics == WITHHELD or not results:
+    if site.budget.metrics == WITHHELD or not results or not site.tells_metrics:
         return withheld
     path = site.folder / "kept" / "report.json"
     key = _key(site, task_hash(content))

@@ -34,10 +34,18 @@ class Refusal:
         return f"policy rule `{self.rule}`: {self.why}"
 
 
+class ByPolicy(str):
+    """Words of a refusal for a rule of the policy: the federation goes on without the site meanwhile."""
+
+
 def broken_by_terms(
-    policy: Policy, terms: Terms, invitation: Invitation, *, private: bool
+    policy: Policy, terms: Terms, invitation: Invitation, *, private: bool, updates: bool = True
 ) -> list[Refusal]:
-    """Every rule that these terms, or who proposes them, break; `private`: is a budget set here?"""
+    """Every rule that these terms, or who proposes them, break; `private`: is a budget set here?
+
+    `updates`: False once it is known that the site has too few subjects to send any.
+    """
+    updates = updates and policy.send_updates
     config = terms.config
     authority = (
         invitation.ca_fingerprint().replace(":", ""),
@@ -72,9 +80,9 @@ def broken_by_terms(
         _at_most("max_epochs", config.training.epochs, policy.max_epochs),
     ]
     # who only evaluates sends no update that would have to be protected
-    if policy.send_updates and policy.require_privacy and not private:
+    if updates and policy.require_privacy and not private:
         refusals.append(Refusal("require_privacy", "`privacy` is off in this site's site.yaml"))
-    if policy.send_updates and policy.require_secure_aggregation and not config.secure_aggregation:
+    if updates and policy.require_secure_aggregation and not config.secure_aggregation:
         refusals.append(
             Refusal("require_secure_aggregation", "the federation's updates are not masked")
         )
@@ -113,8 +121,13 @@ def broken_by_running(policy: Policy, kind: str, seconds: float, now: datetime) 
 
 
 def trains(policy: Policy, n_training: int) -> bool:
-    """Does a site with so many training subjects train at all?"""
+    """Does a site with so many training subjects, of as many patients, train at all?"""
     return policy.send_updates and n_training >= policy.min_subjects
+
+
+def tells_metrics(policy: Policy, n_held_out: int, patients: int) -> bool:
+    """Can any mean over all of so many held-out subjects, of so many patients, leave?"""
+    return bool(policy.metrics) and min(n_held_out, patients) >= policy.min_subjects
 
 
 def in_a_line(refusals: list[Refusal]) -> str:
@@ -142,7 +155,7 @@ def other_terms(site: str, accepted: Terms, proposed: Terms, broken: list[Refusa
     `broken`: the rules of the policy that the proposed terms break.
     """
     if broken:
-        return f"{site}: the terms are against {in_a_line(broken)}."
+        return ByPolicy(f"{site}: the terms are against {in_a_line(broken)}.")
     if proposed.hash() != accepted.hash():
         return f"{site}: has not accepted the changed terms yet (fed-client review)."
     return ""

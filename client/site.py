@@ -26,7 +26,8 @@ class Site:
     """`left_out` maps a subject that cannot be used to the reason, `patients` every training and
     held-out subject to the patient whose scan it is. `budget` is None where nothing protects the
     patients; `ledger` is where spending is written, None where nobody keeps one. `key` is the file of the
-    site's private key and `roster` the fingerprints of the keys that may be in a secure sum."""
+    site's private key and `roster` the fingerprints of the keys that may be in a secure sum.
+    `tells_metrics` is False where the site's policy lets no mean leave, so that none is paid for."""
 
     name: str
     folder: Path
@@ -41,6 +42,7 @@ class Site:
     ledger: Path | None = None
     key: Path | None = None
     roster: tuple[str, ...] = ()
+    tells_metrics: bool = True
 
     @property
     def anchor(self) -> Path:
@@ -62,6 +64,7 @@ def write_site(
     ledger: Path | None = None,
     key: Path | None = None,
     roster: Sequence[str] = (),
+    tells_metrics: bool = True,
 ) -> None:
     """Write `site.json` and `federation.yaml` for `load_site`.
 
@@ -81,6 +84,7 @@ def write_site(
         "ledger": ledger and str(ledger.absolute()),
         "key": key and str(key.absolute()),
         "roster": sorted(roster),
+        "tells_metrics": tells_metrics,
         "left_out": {f.subject: f.what for f in findings if f.severity == "error"},
         "findings": [finding.as_dict() for finding in findings],
     }
@@ -110,4 +114,5 @@ def load_site(folder: Path) -> Site:
         ledger=Path(manifest["ledger"]) if manifest["ledger"] else None,
         key=Path(manifest["key"]) if manifest["key"] else None,
         roster=tuple(manifest["roster"]),
+        tells_metrics=manifest["tells_metrics"],
     )

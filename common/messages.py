@@ -24,6 +24,7 @@ STYPE = "safetensors"
 NONCE = "nonce"  # that a server process puts into every record it sends; it says nothing
 MOST_SUBJECTS = 10**7
 BUDGET_SPENT = 1001  # code of an error reply, beyond Flower's own: no failure, the site rests
+POLICY_REFUSED = 1002  # the same where a rule of the site's own policy refuses: others go on
 EXACT, NOISED, WITHHELD = "exact", "noised", "withheld"  # how metrics are released
 
 

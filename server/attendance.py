@@ -15,12 +15,13 @@ from datetime import datetime
 
 from flwr.app import Message, MessageType
 
+from common.config import FederationConfig
 from common.console import plain
 from common.messages import SiteCard, unpack_site_card
 from common.notices import pack_roll_call
 from common.records import BadMessage
 from common.terms import Terms, changes, terms_from
-from server.exchange import send
+from server.exchange import refused_by_policy, send, why_not
 from server.history import History
 from server.link_grid import Contact, LinkGrid
 from server.roll_call import FederationFailed, Roll, by_site, nobody_trains
@@ -88,7 +89,7 @@ class Attendance:
             sites = list(self.enrolled())
             self._call(sites)
             roll = self._roll(sites, {c.site for c in history.sites() if not c.trains})
-            needed = self.terms.config.rounds.min_sites or len(roll.training) + len(roll.absent)
+            needed = _needed(roll, self.terms.config)
             enough = len(roll.training) >= max(needed, 1) and bool(roll.evaluating)
             now = time.monotonic()
             if enough and not was_enough:
@@ -96,7 +97,7 @@ class Attendance:
             was_enough = enough
             gathering = (
                 not self._gathered
-                and (roll.absent or roll.absent_evaluators)
+                and _is_awaited(roll)
                 and now - enough_since < 60 * settings.gather_minutes
             )
             if enough and not gathering and not self._is_answering(sites):
@@ -174,7 +175,7 @@ class Attendance:
 
     def _answer(self, site: str, reply: Message) -> tuple[SiteCard | None, str]:
         if reply.has_error():
-            return None, plain(reply.error.reason or "") or "it failed without a reason."
+            return None, why_not(reply)
         try:
             card = unpack_site_card(reply.content)
         except BadMessage as error:
@@ -215,6 +216,22 @@ class Attendance:
             {site: why for site, why in absent.items() if site in evaluators},
             roster=self.terms.roster,
         )
+
+
+def _needed(roll: Roll, config: FederationConfig) -> int:
+    """How many sites have to train. A site that refuses by its own policy is asked again before each
+    round, and not waited for where all sites are needed."""
+    if config.rounds.min_sites:
+        return config.rounds.min_sites
+    needed = len(roll.training) + len(roll.absent)
+    refused = refused_by_policy(roll.absent.values())
+    return max(needed - refused, fewest_to_aggregate(config, roll)) if refused else needed
+
+
+def _is_awaited(roll: Roll) -> bool:
+    """Is anybody absent who might still come?"""
+    absent = [*roll.absent.values(), *roll.absent_evaluators.values()]
+    return len(absent) > refused_by_policy(absent)
 
 
 def note_terms(history: History, terms: Terms) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from flwr.app import Message, RecordDict
@@ -11,13 +11,22 @@ from flwr.serverapp import Grid
 
 from common.config import FederationConfig
 from common.console import plain
-from common.messages import BUDGET_SPENT, BadMessage
+from common.messages import BUDGET_SPENT, POLICY_REFUSED, BadMessage
 
 POLL_SECONDS = 0.02
 
 
 class BudgetSpent(str):
     """A site's words that its privacy budget is spent: no failure, it rests from now on."""
+
+
+class PolicyRefused(str):
+    """A site's words that its own policy refuses: the federation goes on without it, and asks again."""
+
+
+def refused_by_policy(reasons: Iterable[object]) -> int:
+    """How many of these reasons are a site's own policy."""
+    return sum(isinstance(reason, PolicyRefused) for reason in reasons)
 
 
 Answer = TypeVar("Answer")
@@ -61,14 +70,21 @@ def answers(
 def _answer(key: Key, reply: Message, take: Callable[[Key, RecordDict], Answer]) -> Answer | str:
     """A function of its own, so that no reply outlives its turn: each holds a whole model."""
     if reply.has_error():
-        said = plain(reply.error.reason or "")
-        if reply.error.code == BUDGET_SPENT:
-            return BudgetSpent(said)
-        return said or f"it failed without a reason (code {reply.error.code})."
+        return why_not(reply)
     try:
         return take(key, reply.content)
     except BadMessage as error:
         return f"its reply cannot be used: {plain(str(error))}"
+
+
+def why_not(reply: Message) -> str:
+    """The words of an error reply; those of a spent budget or a policy are marked as such."""
+    said = plain(reply.error.reason or "")
+    if reply.error.code == BUDGET_SPENT:
+        return BudgetSpent(said)
+    if reply.error.code == POLICY_REFUSED:
+        return PolicyRefused(said or "its own policy refuses.")
+    return said or f"it failed without a reason (code {reply.error.code})."
 
 
 def _await(grid: Grid, message_id: str) -> Message:

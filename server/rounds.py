@@ -40,7 +40,7 @@ from server.checkpoint import (
     save_checkpoint,
 )
 from server.comparison import best_rounds, comparable_losses
-from server.exchange import addressed, answers
+from server.exchange import addressed, answers, refused_by_policy
 from server.history import (
     FINAL,
     METRICS,
@@ -234,7 +234,8 @@ def _one_round(
     resting = {s: why for s, why in {**roll.resting, **spent}.items() if s not in told}
     if resting and not contributions:
         raise _AllSpent(resting)
-    needed = sites_needed(config, roll, len(contributions), len(spent))
+    refused = refused_by_policy(missing.values())
+    needed = sites_needed(config, roll, len(contributions), len(spent), refused)
     _enough(number, "train", needed, len(contributions), missing, spent)
     good = len(contributions) - len(missing)
     _enough_to_aggregate(config, roll, number, good, {**missing, **gathered.spent})
@@ -309,7 +310,7 @@ def _evaluate(
             measured.statements.append(GivenStatement(number, site, stage, answer.statement))
     for site, reason in missing.items():
         LOG.warning(f"round {number}: {site} did not evaluate: {reason}")
-    needed = asked
+    needed = asked - refused_by_policy(missing.values())
     if config.rounds.min_sites is not None:
         needed = min(config.rounds.min_sites, asked)
     _enough(number, "evaluate", max(needed, 1), asked, missing)

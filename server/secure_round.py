@@ -63,7 +63,7 @@ from common.secure_messages import (
 )
 from common.weights import BadWeights, Weights, relative_change
 from server.checkpoint import RunFolder
-from server.exchange import BudgetSpent, addressed, answers
+from server.exchange import BudgetSpent, addressed, answers, refused_by_policy
 from server.history import TRAINING, Contribution, GivenStatement
 from server.replies import refuse_trained
 from server.roll_call import Roll
@@ -170,7 +170,8 @@ def _masked_sum(attempt: _Attempt) -> MaskedSum:
     put_session(content, attempt.session)
     _train(attempt, content, asked)
     wanted = len(attempt.members) + len(attempt.gone) + len(roll.absent)
-    needed = sites_needed(config, roll, wanted, len(attempt.spent))
+    refused = refused_by_policy([*attempt.gone.values(), *roll.absent.values()])
+    needed = sites_needed(config, roll, wanted, len(attempt.spent), refused)
     attempt.require(needed, "have trained")
     sealed = _exchange_shares(attempt)
     attempt.require(needed, "have sent shares of their secrets")

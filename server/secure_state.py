@@ -21,6 +21,7 @@ from common.masking import Advert
 from common.statement import Signed
 from common.weights import BadWeights, Weights, load_weights, save_weights
 from server.checkpoint import RunFolder
+from server.exchange import PolicyRefused
 from server.history import Contribution, GivenStatement
 from server.updates import Gathered
 
@@ -126,6 +127,7 @@ def _plain(
     return {
         "contributions": [asdict(contribution) for contribution in contributions],
         "spent": spent,
+        "refused": [c.site for c in contributions if isinstance(c.reason, PolicyRefused)],
         "statements": [
             [s.round, s.site, s.stage, s.signed.text, s.signed.signature.hex()] for s in statements
         ],
@@ -139,6 +141,9 @@ def _typed(
         GivenStatement(round_, site, stage, Signed(text, bytes.fromhex(signature)))
         for round_, site, stage, text, signature in about["statements"]
     ]
+    for contribution in about["contributions"]:
+        if contribution["site"] in about["refused"]:
+            contribution["reason"] = PolicyRefused(contribution["reason"])
     return [Contribution(**c) for c in about["contributions"]], about["spent"], statements
 
 

@@ -60,13 +60,16 @@ def fewest_to_aggregate(config: FederationConfig, roll: Roll) -> int:
     return fewest_updates(config.rounds)
 
 
-def sites_needed(config: FederationConfig, roll: Roll, asked: int, spent: int) -> int:
+def sites_needed(
+    config: FederationConfig, roll: Roll, asked: int, spent: int, refused: int = 0
+) -> int:
     """How many good updates make a round; by default those of every site that was asked.
 
     `spent` further sites have answered that their privacy budget is spent: nobody waits for them, and
-    they are none of `rounds.min_sites`.
+    they are none of `rounds.min_sites`. `refused` of those asked refuse by their own policy: they are
+    missed only where `rounds.min_sites` says how many are needed.
     """
-    needed = asked
+    needed = asked - refused
     if config.rounds.min_sites is not None:
         needed = min(config.rounds.min_sites, asked + spent)
     return max(needed, fewest_to_aggregate(config, roll) if config.secure_aggregation else 1)

@@ -11,6 +11,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from client import outbound
 from client.budget import pay_for_training, record_done
 from client.hospital import HospitalFolder
+from client.permitted import Own
 from client.policy import Policy
 from client.site import Site, load_site, write_site
 from client.site_config import PrivacyBudget
@@ -68,8 +69,9 @@ def sent(hospital: HospitalFolder, content: RecordDict) -> None:
     """On record as having left."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     question = Message(content=RecordDict(), message_type="train", dst_node_id=1)
-    gate = outbound.Gate(hospital.audit, Policy(min_subjects=1), "Oslo", str.encode)
-    outbound.release(Message(content, reply_to=question), gate)
+    own = Own("Oslo", N_TRAINING, N_TRAINING, N_TRAINING)
+    gate = outbound.Gate(hospital.audit, Policy(min_subjects=1), own, str.encode)
+    outbound.release(Message(content, reply_to=question), question, gate)
 
 
 def send_update(hospital: HospitalFolder, site: Site, text: str, loss: float | None = None) -> None:

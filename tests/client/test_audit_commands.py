@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from client import outbound
 from client.cli import app
 from client.hospital import rotate_key
+from client.permitted import Own
 from client.policy import Policy
 from common.audit_log import AuditLog, append, told
 from common.keys import (
@@ -34,8 +35,8 @@ def oslo(accepted):
     """With something that has left."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     asked = Message(RecordDict(), 2, "train")
-    gate = outbound.Gate(accepted.audit, Policy(), "Oslo", str.encode)
-    outbound.release(Message(Error(code=2, reason="no, ähm: Gd"), reply_to=asked), gate)
+    gate = outbound.Gate(accepted.audit, Policy(), Own("Oslo"), str.encode)
+    outbound.release(Message(Error(code=2, reason="no, ähm: Gd"), reply_to=asked), asked, gate)
     return accepted
 
 

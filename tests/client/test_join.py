@@ -32,6 +32,7 @@ from flwr.app import (
     MessageType,
     RecordDict,
 )
+from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
 import client.join as module
@@ -51,7 +52,14 @@ from client.site_config import load_site_config
 from client.worker_process import Event
 from common.audit_heads import Heads, attach_heads, attached_heads
 from common.audit_log import EMPTY, Head, append, told, verified
-from common.messages import STYPE, SiteReport, SiteUpdate, pack_site_report, pack_site_update
+from common.messages import (
+    POLICY_REFUSED,
+    STYPE,
+    SiteReport,
+    SiteUpdate,
+    pack_site_report,
+    pack_site_update,
+)
 from common.metrics import SiteMetrics
 from common.notices import Farewell, pack_farewell, pack_roll_call
 from common.terms import Terms
@@ -59,6 +67,7 @@ from common.terms import Terms
 ROOT = Path(__file__).parents[2]
 NODE, RUN, FOREIGN = 77, 5, 6
 MODEL_BYTES = 123_456
+RELEASES = {f"outbound.release(reply, {task}, self._gate)" for task in ("task", "message")}
 
 
 @dataclass
@@ -185,6 +194,8 @@ PREPARED = Event(
         "n_held_out": 5,
         "n_left_out": 1,
         "warnings": 0,
+        "training_patients": 12,
+        "held_out_patients": 5,
         "model_bytes": MODEL_BYTES,
     },
 )
@@ -494,8 +505,7 @@ def test_a_new_yes_begins_the_count_anew(stage, monkeypatch):
     monkeypatch.setattr(refusals, "MOST_ANSWERS", 1)
     train = MessageType.TRAIN
     assert asked_in_turn(stage, (train, 1), (train, 1))[1] != ""
-    later = {**json.loads(stage.folder.accepted.read_text()), "accepted_at": "2999-01-01"}
-    stage.folder.accepted.write_text(json.dumps(later))
+    consent.accept(stage.folder, stage.terms, stage.terms.hash())
     assert asked_in_turn(stage, (train, 1))[-1:] == [""]
 
 
@@ -584,6 +594,73 @@ def test_a_task_ends_after_the_policys_hours(stage, under):
     assert time.monotonic() - begin >= 0.3
     assert "policy rule `max_hours`" in stage.answers[0].error.reason
     assert stage.workers.made[0].killed
+
+
+def test_a_task_ends_after_the_policys_hours_while_the_coordinator_is_away(stage, under):
+    """Nobody can be told, and the worker stops all the same."""
+    under(max_hours=0.2 / 3600)
+    stage.workers.answer = silent
+    task = stage.message(kind=MessageType.TRAIN, round_=1)
+    killed: list[bool] = []
+
+    def away() -> Any:
+        if time.monotonic() < begin + 1.0:
+            stage.coordinator.script.insert(0, away)
+            return Unreachable("away")
+        killed.append(stage.workers.made[0].killed)
+        return None
+
+    begin = time.monotonic()
+    assert stage.play(task, away, stage.until_answered()) is True
+    assert killed == [True]
+    assert "policy rule `max_hours`" in stage.answers[0].error.reason
+
+
+def test_an_answer_that_was_kept_for_too_long_does_not_leave(stage, under):
+    stage.workers.answer = updated
+    task = stage.message(kind=MessageType.TRAIN, round_=1)
+
+    def away() -> Any:
+        if time.monotonic() > begin + 0.5:
+            under(train_when=(never(),))
+            return None
+        stage.coordinator.script.insert(0, away)
+        return Unreachable("away")
+
+    begin = time.monotonic()
+    assert stage.play(task, away, stage.until_answered()) is True
+    (answer,) = stage.answers
+    assert "policy rule `train_when`" in answer.error.reason
+    assert answer.error.code == POLICY_REFUSED
+
+
+def test_what_a_rule_refuses_has_a_code_of_its_own_and_nothing_else_has(stage, under):
+    under(train_when=(never(),))
+    none = stage.message(kind=MessageType.EVALUATE)
+    none.content["about"]["round"] = "one"
+    other = replace(stage.terms, code_hash="ab" * 32)
+    assert stage.play(stage.message(), none, stage.message(pack_roll_call(other))) is True
+    codes = [answer.error.code for answer in stage.answers]
+    assert codes[:2] == [POLICY_REFUSED, ErrorCode.CLIENT_APP_RAISED_EXCEPTION]
+    assert "has not accepted the changed terms" in stage.coordinator.reasons[2]
+    assert codes[2] == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+
+
+def test_a_site_that_has_too_few_to_train_need_not_protect_what_it_does_not_send(stage, under):
+    under(min_subjects=13, require_privacy=True, require_secure_aggregation=True)
+    assert stage.play(stage.message(), stage.until_answered()) is True
+    assert stage.answers[0].has_content()
+    under(min_subjects=12, require_privacy=True)
+    stage.coordinator.sent.clear()
+    assert stage.play(stage.message(), stage.until_answered()) is True
+    assert "policy rule `require_privacy`" in stage.answers[0].error.reason
+
+
+def test_patients_are_counted_once_the_data_are(stage):
+    few = {**PREPARED.details, "training_patients": 4}
+    stage.workers.preparing = [Event("prepared", few)]
+    reason = refused(stage, stage.message(kind=MessageType.TRAIN, round_=1))
+    assert "policy rule `min_subjects`" in reason
 
 
 def test_changed_terms_against_the_policy_are_told_to_be(stage, under, tiny_config):
@@ -1133,7 +1210,7 @@ def test_whatever_is_sent_was_released_in_the_lines_above():
             for node in ast.walk(function)
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "released"
         ]
-        assert set(given) <= {"outbound.release(reply, self._gate)"}, function.name
+        assert set(given) <= RELEASES, function.name
         others = [
             node for node in ast.walk(function) if isinstance(node, ast.NamedExpr | ast.AugAssign)
         ]
@@ -1157,16 +1234,17 @@ def test_there_is_one_gate_and_nobody_else_opens_it():
     assert sorted(made) == [
         (
             "client/join.py",
-            "outbound.Gate(folder.audit, settings.policy, invitation.site, self._sign)",
+            "outbound.Gate(folder.audit, settings.policy, own, self._sign)",
         ),
-        *[("client/join.py", "outbound.release(reply, self._gate)")] * 3,
+        ("client/join.py", "outbound.release(reply, message, self._gate)"),
+        *[("client/join.py", "outbound.release(reply, task, self._gate)")] * 2,
         ("client/outbound.py", "Released(allowed, _record(allowed, gate.record))"),
-        ("client/outbound.py", "_allowed(reply, gate)"),
-        ("client/outbound.py", "permitted(reply.content, gate.policy, gate.site, gate.n_training)"),
+        ("client/outbound.py", "_allowed(reply, task, gate)"),
+        ("client/outbound.py", "permitted(reply.content, gate.policy, gate.own)"),
     ]
     text = (ROOT / "client" / "join.py").read_text()
     assert text.count("self._gate = ") == 2
-    assert "self._gate = replace(self._gate, n_training=" in text, "once the data were counted"
+    assert "self._gate = replace(self._gate, own=own)" in text, "once the data were counted"
 
 
 def test_what_reaches_the_connection_is_what_was_released(stage, monkeypatch):
@@ -1174,8 +1252,8 @@ def test_what_reaches_the_connection_is_what_was_released(stage, monkeypatch):
     released: list[Message] = []
     release = outbound.release
 
-    def listed(reply: Message, gate: outbound.Gate) -> outbound.Released:
-        made = release(reply, gate)
+    def listed(reply: Message, task: Message, gate: outbound.Gate) -> outbound.Released:
+        made = release(reply, task, gate)
         released.append(made.reply)
         return made
 

@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 
 from client import consent, outbound
 from client.cli import app
+from client.permitted import Own
 from client.policy import Policy
 from client.site_config import load_site_config
 from common.audit_log import told as told_by
@@ -403,8 +404,8 @@ def test_on_a_terminal_a_person_says_yes(invited, terms, answer, code, said):
 def sent(hospital) -> None:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     asked = Message(RecordDict(), 2, "train")
-    gate = outbound.Gate(hospital.audit, Policy(), "Oslo", str.encode)
-    outbound.release(Message(Error(code=2, reason="no Gd"), reply_to=asked), gate)
+    gate = outbound.Gate(hospital.audit, Policy(), Own("Oslo"), str.encode)
+    outbound.release(Message(Error(code=2, reason="no Gd"), reply_to=asked), asked, gate)
 
 
 def told(hospital) -> tuple[int, dict[str, Any]]:
@@ -448,7 +449,7 @@ def test_status_of_a_client_that_runs(accepted, terms, tiny_config):
     assert document["progress"]["done"] == 3
     assert (document["accepted"], document["proposed"]) == (terms.hash(), other.hash())
     assert document["left"] == ["1 error text"]
-    assert document["departures"][0]["details"] == {"reason": "no Gd"}
+    assert document["departures"][0]["details"] == {"code": 2, "reason": "no Gd"}
     for text in (
         "Oslo: training",
         "round 2, Oslo: training: 3/9, 12 s left, loss 0.5",

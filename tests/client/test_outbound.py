@@ -17,6 +17,9 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.error import Error
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import ErrorCode
+from flwr.common.serde import message_to_proto
 from flwr.supercore.task_identity import TaskIdentity
 
 from client import outbound
@@ -29,10 +32,13 @@ from client.outbound import (
     in_words,
     inspect,
 )
+from client.permitted import Own
 from client.policy import FAMILIES, Policy
 from common.audit_log import AuditLog, append, told
 from common.keys import new_private_key, save_private_key
 from common.messages import (
+    BUDGET_SPENT,
+    POLICY_REFUSED,
     WITHHELD,
     SiteCard,
     SiteReport,
@@ -44,7 +50,9 @@ from common.messages import (
 from common.metrics import SiteMetrics
 from common.statement import Signed, Statement, attach, attached, read_statement
 
-SHAPES = {"conv.weight": (4, 3, 3, 3, 3), "conv.bias": (4,), "norm.count": (), "empty": (0, 7)}
+SHAPES = {"conv.weight": (4, 3, 3, 3, 3), "conv.bias": (4,), "norm.count": (), "norm.scale": ()}
+OSLO = Own("Oslo", n_training=12, training_patients=12, held_out_patients=5)
+FAILED = int(ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
 CARD = SiteCard("Oslo", True, 12, 5, 1, "c0ffee")
 
 
@@ -52,7 +60,7 @@ OPEN = Policy(min_subjects=1, decimals=None, metrics=FAMILIES, show_name=True)
 
 
 def through(message: Message, record: Path, policy: Policy = OPEN) -> Released:
-    return outbound.release(message, Gate(record, policy, "Oslo", lambda text: text[:9].encode()))
+    return outbound.release(message, asked(), Gate(record, policy, OSLO, lambda t: t[:9].encode()))
 
 
 def release(message: Message, record: Path) -> Departure:
@@ -73,8 +81,8 @@ def record(tmp_path: Path) -> AuditLog:
 
 
 def values() -> int:
-    """Of the model above, counted by hand: 4 * 81 + 4 + 1 + 0."""
-    return 329
+    """Of the model above, counted by hand: 4 * 81 + 4 + 1 + 1."""
+    return 330
 
 
 def update(round_: int = 3, *, loss: float = 0.5, change: bool = True) -> RecordDict:
@@ -89,10 +97,15 @@ def report(**means: float) -> RecordDict:
     return pack_site_report(SiteReport("Oslo", 3, metrics, 1.5))
 
 
-def reply(content: RecordDict | Error) -> Message:
+def asked() -> Message:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-    asked = Message(RecordDict(), 2, "train")
-    return Message(content, reply_to=asked)
+    message = Message(RecordDict(), 2, "train")
+    message.metadata.__dict__["_message_id"] = "5f" * 32
+    return message
+
+
+def reply(content: RecordDict | Error) -> Message:
+    return Message(content, reply_to=asked())
 
 
 def everything_in(content: RecordDict) -> dict:
@@ -140,15 +153,15 @@ def test_a_card_a_report_and_an_error_are_counted():
     assert counted.details["means"] == {**means, "dice/WT": 0.75, "dice/TC": 0.75, "dice/ET": 0.75}
 
     counted = inspect(reply(Error(code=2, reason="kein Gd: größer")))
-    assert astuple(counted)[:5] == ("error", None, 0, 0, 0)
+    assert astuple(counted)[:5] == ("error", None, 0, 0, 1)
     assert counted.bytes == len("kein Gd: größer".encode())
-    assert counted.details == {"reason": "kein Gd: größer"}
+    assert counted.details == {"code": 2, "reason": "kein Gd: größer"}
 
 
 def test_a_departure_is_told_in_a_line():
     update_ = inspect(reply(update()))
     size = f"{update_.bytes / 1000:.1f} kB"
-    assert update_.in_words() == f"update of 4 tensors, 329 numbers, {size}"
+    assert update_.in_words() == f"update of 4 tensors, 330 numbers, {size}"
     card = inspect(reply(pack_site_card(CARD)))
     assert card.in_words() == f"card: 5 numbers, {card.bytes / 1000:.1f} kB"
 
@@ -182,14 +195,13 @@ def test_weights_in_no_known_form_do_not_leave(record):
 def test_what_leaves_and_what_is_recorded_is_what_the_policy_permits(record):
     content = report(loss=0.123456)
     content["about"]["folder"] = "/data/brats"
-    asked = reply(content)
-    released = through(asked, record, Policy(decimals=2))
+    released = through(reply(content), record, Policy(decimals=2))
     assert "folder" not in released.reply.content["about"]
     assert released.reply.content["means"]["loss"] == 0.12
     assert released.departure == inspect(released.reply)
     (kept,) = departures(record)
     assert kept["details"] == everything_in(released.reply.content)
-    assert released.reply.metadata is asked.metadata, "it still answers the same message"
+    assert released.reply.metadata.reply_to_message_id == "5f" * 32, "it still answers the task"
     assert content["about"]["folder"] == "/data/brats", "the reply itself stays as it was"
 
 
@@ -197,7 +209,46 @@ def test_what_may_not_leave_becomes_an_error_that_names_the_rule(record):
     released = through(reply(update()), record, Policy(send_updates=False))
     said = "policy rule `send_updates`: no model update leaves this site"
     assert released.reply.error.reason == said
-    assert [row["details"] for row in departures(record)] == [{"reason": said}]
+    assert [row["details"] for row in departures(record)] == [
+        {"code": POLICY_REFUSED, "reason": said}
+    ]
+    assert released.reply.error.code == POLICY_REFUSED
+
+
+def test_nothing_of_a_replys_own_metadata_leaves(record):
+    """The worker could write a text into it, or answer somebody else."""
+    made = reply(update())
+    strange = {"group_id": "Anna", "dst_node_id": 99, "message_type": "train.anna", "run_id": 8}
+    made.metadata.__dict__.update({f"_{name}": value for name, value in strange.items()})
+    released = through(made, record).reply
+    task = asked().metadata
+    assert released.metadata.group_id == task.group_id == ""
+    assert released.metadata.dst_node_id == task.src_node_id
+    assert (released.metadata.run_id, released.metadata.message_type) == (1, "train")
+    assert (
+        b"Anna" not in message_to_proto(remove_content_from_message(released)).SerializeToString()
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "left"),
+    [(123456789, FAILED), (BUDGET_SPENT, BUDGET_SPENT), (POLICY_REFUSED, POLICY_REFUSED)],
+)
+def test_an_errors_code_is_one_of_three_and_on_record(record, code, left):
+    released = through(reply(Error(code, "no Gd")), record)
+    assert released.reply.error.code == left
+    assert departures(record)[0]["details"] == {"code": left, "reason": "no Gd"}
+
+
+def test_answers_are_counted_since_the_last_yes_whatever_the_clock_says(record):
+    for round_ in (1, 1, 2):
+        release(reply(update(round_)), record)
+    assert outbound.answered(record, "update") == {1: 2, 2: 1}
+    append(record, "terms accepted", {"hash": "ab"})
+    assert outbound.answered(record, "update") == {}
+    release(reply(update(2)), record)
+    assert outbound.answered(record, "update") == {2: 1}
+    assert outbound.answered(record, "metrics") == {}
 
 
 def test_a_statement_is_signed_as_it_leaves(record):
@@ -205,17 +256,17 @@ def test_a_statement_is_signed_as_it_leaves(record):
     stated = Statement("3f" * 16, "Oslo", 3, "ab" * 32, "2026-01-01", True, "exact")
     content = report(loss=0.5)
     attach(content, Signed(stated.text(), b"of the worker"))
-    gate = Gate(record, Policy(metrics=()), "Oslo", lambda text: text.encode())
-    kept = attached(outbound.release(reply(content), gate).reply.content)
+    gate = Gate(record, Policy(metrics=()), OSLO, lambda text: text.encode())
+    kept = attached(outbound.release(reply(content), asked(), gate).reply.content)
     assert read_statement(kept.text).metrics == WITHHELD
     assert kept.signature == kept.text.encode()
 
 
 def test_a_long_error_is_cut_to_a_line(record):
-    released = through(reply(Error(code=2, reason="a\nb" * 1000)), record)
+    released = through(reply(Error(code=FAILED, reason="a\nb" * 1000)), record)
     assert len(released.reply.error.reason) <= 500
     assert "\n" not in released.reply.error.reason
-    assert released.reply.error.code == 2
+    assert released.reply.error.code == FAILED
 
 
 def test_an_undefined_mean_is_kept_as_none(record):
@@ -260,7 +311,7 @@ def test_in_words_adds_up(record):
     updates = f"{sum(sizes) / 1000:.1f} kB"
     assert in_words(record) == [
         "2 site cards (name and numbers of subjects; 10 numbers)",
-        f"3 model updates (4 tensors of 329 numbers each time, 15 other numbers, {updates} in all)",
+        f"3 model updates (4 tensors of 330 numbers each time, 15 other numbers, {updates} in all)",
         f"1 set of mean metrics ({metrics.numbers} numbers, {metrics.bytes / 1000:.1f} kB in all)",
         "1 error text",
         "1 acknowledgement",

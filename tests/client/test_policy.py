@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import struct
 from datetime import datetime
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -20,7 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from client.permitted import NotPermitted, permitted
+from client.accounting import accountant_name
+from client.permitted import NotPermitted, Own, permitted
 from client.policy import FAMILIES, Policy, may_train_at
 from common.brats import STRUCTURES
 from common.messages import (
@@ -39,15 +42,27 @@ from common.messages import (
     unpack_site_update,
 )
 from common.metrics import SiteMetrics, SubjectMetrics, summarise
+from common.secure_messages import (
+    Masked,
+    Revealed,
+    Sealed,
+    pack_masked,
+    pack_revealed,
+    pack_sealed,
+)
 from common.statement import Signed, Statement, read_statement
 from common.wire import encode
 
+OSLO = Own("Oslo", n_training=12, training_patients=12, held_out_patients=12)
+PRIVATE = dataclasses.replace(OSLO, privacy=EXACT)
 MARK = "patient-0042"  # stands for whatever must not leave
 HEX = "ab" * 32
 OPEN = Policy(min_subjects=1, decimals=None, metrics=FAMILIES, show_name=True)
 WEIGHTS = {"w": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2)}
 STATED = Statement(
-    "3f" * 16, "Oslo", 3, HEX, "2026-01-01T00:00:00+00:00", True, EXACT, 2.5, 1e-5, 8.0
+    *("3f" * 16, "Oslo", 3, HEX, "2026-01-01T00:00:00+00:00", True, EXACT),
+    **{"epsilon": 2.5, "delta": 1e-5, "budget": 8.0, "noise_multiplier": 1.5},
+    **{"sampling_rate": 0.5, "clip": 1.0, "steps": 10},
 )
 NAMES = [
     "loss",
@@ -86,7 +101,7 @@ FULL = dict.fromkeys(NAMES, 0.123456789)
 
 
 def leaving(content: RecordDict, policy: Policy) -> RecordDict:
-    return permitted(content, policy, "Oslo", 12)
+    return permitted(content, policy, OSLO)
 
 
 def refusal(content: RecordDict, policy: Policy) -> str:
@@ -264,8 +279,123 @@ def test_updates_that_may_not_leave_name_the_rule():
     assert "`require_secure_aggregation`" in refusal(
         update(), Policy(require_secure_aggregation=True)
     )
-    kept = unpack_site_update(leaving(update(private=True), Policy(require_privacy=True)))
+    private = permitted(update(private=True), Policy(require_privacy=True), PRIVATE)
+    kept = unpack_site_update(private)
     assert all(torch.equal(kept.weights[name], WEIGHTS[name]) for name in WEIGHTS)
+
+
+def test_that_it_is_private_has_to_be_said_with_numbers_and_by_a_site_that_has_a_budget():
+    policy = Policy(require_privacy=True)
+    assert "`require_privacy`" in refusal(update(private=True), policy), "there is no budget"
+    for name in ("epsilon", "noise_multiplier", "steps"):
+        content = update(private=True)
+        stated = dataclasses.replace(STATED, **{name: None})
+        content["privacy"]["statement"] = stated.text()
+        with pytest.raises(NotPermitted, match="`require_privacy`"):
+            permitted(content, policy, PRIVATE)
+
+
+def test_patients_are_counted_and_not_their_scans():
+    """Twelve scans of three patients."""
+    few = dataclasses.replace(OSLO, training_patients=3, held_out_patients=3)
+    for content in (update(), *secure_answers().values()):
+        with pytest.raises(NotPermitted, match="`min_subjects`"):
+            permitted(content, Policy(min_subjects=4), few)
+        assert permitted(content, Policy(min_subjects=3), few)
+    assert permitted(card(), Policy(min_subjects=4), few)["card"]["trains"] is False
+    assert permitted(card(), Policy(min_subjects=3), few)["card"]["trains"] is True
+    assert len(permitted(report(FULL), Policy(min_subjects=4), few)["means"]) == 0
+    assert len(permitted(report(FULL), Policy(min_subjects=3), few)["means"]) > 0
+
+
+def secure_answers() -> dict[str, RecordDict]:
+    vector = Masked(1, "ab", np.arange(5, dtype=np.uint32))
+    return {
+        "sealed": pack_sealed(Sealed(1, "ab", {})),
+        "revealed": pack_revealed(Revealed(1, "ab", {})),
+        "masked": pack_masked(vector),
+    }
+
+
+@pytest.mark.parametrize("step", secure_answers())
+def test_every_step_of_a_masked_update_keeps_to_the_policy(step):
+    content = secure_answers()[step]
+    assert step in leaving(content, Policy(require_secure_aggregation=True))
+    assert "`send_updates`" in refusal(content, Policy(send_updates=False))
+    assert "`min_subjects`" in refusal(content, Policy(min_subjects=13))
+    assert "`require_privacy`" in refusal(content, Policy(require_privacy=True))
+    assert step in permitted(content, Policy(require_privacy=True), PRIVATE)
+
+
+def test_with_a_budget_no_number_of_the_training_leaves():
+    about = permitted(update(), OPEN, PRIVATE)["about"]
+    assert dict(about.items()) == {"site": "Oslo", "round": 3, "n_training": 12}
+    assert "seconds" not in permitted(report(FULL), OPEN, PRIVATE)["about"]
+
+
+def test_how_a_budget_releases_metrics_is_kept_to_at_the_gate():
+    def left(way: str, released: str) -> RecordDict:
+        content = report(FULL)
+        content["about"]["released"] = released
+        return permitted(content, OPEN, dataclasses.replace(OSLO, privacy=way))
+
+    for way, released in ((WITHHELD, EXACT), (WITHHELD, NOISED), (NOISED, EXACT)):
+        content = left(way, released)
+        assert len(content["means"]) == 0
+        assert content["about"]["released"] == WITHHELD
+    assert set(left(NOISED, NOISED)["means"]) == set(DICE), "only these are noised"
+    assert set(left(EXACT, EXACT)["means"]) == set(NAMES)
+
+
+def test_without_metrics_the_time_that_they_took_stays_too():
+    assert "seconds" not in leaving(report(FULL), Policy(metrics=()))["about"]
+    assert "seconds" in leaving(report(FULL), Policy())["about"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"site": "Anna Muster"},
+        {"accountant": "A" * 9000},
+        {"accountant": "Anna\nMuster"},
+        {"at": MARK},
+        {"code": MARK},
+        {"head": MARK},
+        {"ledger": "Anna"},
+        {"metrics": MARK},
+        {"federation": MARK},
+        {"entries": -5},
+    ],
+)
+def test_the_texts_of_a_statement_are_those_of_one(changes):
+    content = update()
+    content["privacy"]["statement"] = dataclasses.replace(STATED, **changes).text()
+    if "site" in changes:
+        assert "another site's name" in refusal(content, OPEN)
+    else:
+        assert "privacy" not in leaving(content, OPEN)
+
+
+def test_a_real_statement_leaves():
+    content = update()
+    real = dataclasses.replace(STATED, accountant=accountant_name(), ledger=HEX[:32], head=HEX)
+    content["privacy"]["statement"] = real.text()
+    assert leaving(content, OPEN)["privacy"]["statement"] == real.text()
+
+
+def test_numbers_that_nobody_thought_of_do_not_leave_and_are_no_crash():
+    content = report(FULL)
+    content["means"]["loss"] = 10**400
+    assert "loss" not in leaving(content, OPEN)["means"]
+    hidden = struct.unpack("<d", struct.pack("<Q", 0x7FF8000000000000 | 0x123456789AB))[0]
+    content = report({**FULL, "hd95/ET": hidden}, defined={**dict.fromkeys(FULL, 9), "hd95/ET": 0})
+    left = leaving(content, OPEN)["means"]["hd95/ET"]
+    assert struct.pack("<d", left) == struct.pack("<d", math.nan)
+    content = card()
+    content["audit"] = ConfigRecord(
+        {"number": 10**60, "hash": HEX, "heard_number": 0, "heard_hash": ""}
+    )
+    assert "audit" not in leaving(content, OPEN)
 
 
 def test_a_statement_leaves_without_the_signature_that_it_came_with():
@@ -407,7 +537,7 @@ def told(content: RecordDict) -> dict[str, dict[str, Any]]:
 @given(spoilt(), policies)
 def test_nothing_outside_the_policy_leaves(content, policy):
     try:
-        left = told(permitted(content, policy, "Oslo", 12))
+        left = told(permitted(content, policy, OSLO))
     except NotPermitted:
         return
     assert MARK not in repr(left)
@@ -438,7 +568,7 @@ def test_nothing_outside_the_policy_leaves(content, policy):
         assert left.keys() == {"card"}
         assert left["card"].keys() <= {f.name for f in dataclasses.fields(SiteCard)}
         assert left["card"]["shows_name"] is policy.show_name
-        if not policy.send_updates or left["card"].get("n_training", 0) < policy.min_subjects:
+        if not policy.send_updates or left["card"].get("n_training", 12) < policy.min_subjects:
             assert left["card"]["trains"] is False
     else:
         assert left == {"farewell": {"received": True}} or left == {"farewell": {}}
@@ -472,11 +602,11 @@ def check_means(left: dict[str, dict[str, Any]], policy: Policy) -> None:
 def test_the_policy_keeps_back_no_more_than_it_says(content, policy):
     """Applied again, nothing more is kept back; and what is kept back has its reason."""
     try:
-        once = permitted(content, policy, "Oslo", 12)
+        once = permitted(content, policy, OSLO)
     except NotPermitted:
         assert "weights" in content
         return
-    assert told(permitted(once, policy, "Oslo", 12)) == told(once)
+    assert told(permitted(once, policy, OSLO)) == told(once)
     if "means" not in content:
         return
     n = content["defined"]["n"]

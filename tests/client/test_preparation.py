@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from client.policy import Policy
 from client.preparation import Prepared, UnusableData, prepare_hospital
 from client.site import load_site
 from client.site_config import PrivacyBudget, SiteConfig
@@ -57,6 +58,10 @@ def test_what_is_prepared_is_what_a_simulation_would_prepare(
     assert [s.id for s in site.training] == [s.id for s in expected.training]
     assert [s.id for s in site.held_out] == [s.id for s in expected.held_out]
     assert (done.n_training, done.n_held_out) == (len(site.training), len(site.held_out))
+    trained, measured = (
+        {site.patients[s.id] for s in side} for side in (site.training, site.held_out)
+    )
+    assert (done.training_patients, done.held_out_patients) == (len(trained), len(measured))
     assert done.n_training + done.n_held_out == 18
     assert done.n_left_out == 0
     assert site.patients == patients
@@ -143,3 +148,20 @@ def test_a_folder_in_which_nothing_can_be_used_is_named_with_all_findings(
     with pytest.raises(UnusableData, match="no subject can be used") as caught:
         prepare(own_data, tmp_path, tiny_config("on_bad_subject=skip"), tmp_path / "cache")
     assert len({f.subject for f in caught.value.findings}) == 5
+
+
+@pytest.mark.parametrize(
+    ("policy", "told"),
+    [
+        (Policy(min_subjects=1), True),
+        (Policy(min_subjects=1, metrics=()), False),
+        (Policy(min_subjects=1000), False),
+    ],
+)
+def test_the_site_knows_whether_its_policy_lets_any_metric_out(
+    cohort_data, cohort_cache, tmp_path, tiny_config, policy, told
+):
+    settings = SiteConfig(data=cohort_data, cache=cohort_cache, policy=policy)
+    terms = Terms(FEDERATION, code_hash(), tiny_config())
+    prepare_hospital("Oslo", settings, tmp_path / "state", terms, tmp_path / "site.key")
+    assert load_site(tmp_path / "state").tells_metrics is told

@@ -280,6 +280,15 @@ def test_the_noise_of_metrics_covers_what_one_patient_can_change(make_site):
     assert found.std() == pytest.approx(expected * many / 101, rel=0.08)
 
 
+def test_metrics_that_the_policy_does_not_let_out_are_not_paid_for(make_site):
+    site = make_site(PrivacyBudget(epsilon=8, metrics="noised"))
+    manifest = json.loads((site / "site.json").read_text()) | {"tells_metrics": False}
+    (site / "site.json").write_text(json.dumps(manifest))
+    os.utime(site / "site.json", (2e9, 2e9))
+    assert unpack_site_report(evaluate(site).content).released == "withheld"
+    assert kinds(site) == []
+
+
 def test_noised_metrics_of_nobody_are_withheld(make_site):
     site = make_site(PrivacyBudget(epsilon=8, metrics="noised"))
     manifest = json.loads((site / "site.json").read_text()) | {"held_out": {}}

@@ -14,7 +14,7 @@ from flwr.app import Message, RecordDict
 from flwr.app.error import Error
 from flwr.supercore.task_identity import TaskIdentity
 
-from common.messages import SiteCard, pack_site_card
+from common.messages import POLICY_REFUSED, SiteCard, pack_site_card
 from common.notices import unpack_roll_call
 from common.terms import Terms
 from server.attendance import Attendance, Waiting, note_terms
@@ -245,6 +245,41 @@ def test_without_a_number_a_site_that_only_evaluates_is_not_needed_to_train(make
     }
 
 
+RULE = "c: policy rule `train_when`: allowed mon 10:00-12:00, this site's time."
+
+
+def test_without_a_number_nobody_waits_for_who_refuses_by_policy_and_asks_it_again(make, history):
+    sites, attend = make("rounds.min_sites=null")
+    sites.come("a", "b", "c")
+    sites.answers["c"] = Error(code=POLICY_REFUSED, reason=RULE)
+    roll = attend(history, 1)
+    assert sites.now < 1
+    assert (roll.training, roll.absent) == (["a", "b"], {"c": RULE})
+    recorded(history, 1, c=RULE)
+    sites.answers["c"] = sites.card("c")
+    assert attend(history, 2).training == ["a", "b", "c"]
+    recorded(history, 2, a="it failed")
+    sites.answers["a"] = "it failed"
+    assert "2 of 3 needed sites" in failed(attend, history), "any other reason is waited for"
+
+
+def test_a_policy_is_no_way_below_what_is_needed(make, history):
+    for assign, said in (
+        ("rounds.min_sites=3", "2 of 3 needed sites"),
+        ("secure_aggregation=true", "2 of 3 needed sites"),
+    ):
+        sites, attend = make("rounds.min_sites=null", assign)
+        sites.come("a", "b", "c")
+        sites.answers["c"] = Error(code=POLICY_REFUSED, reason=RULE)
+        text = failed(attend, history)
+        assert said in text
+        assert RULE in text
+    sites, attend = make("rounds.min_sites=null")
+    sites.come("a", "b", "c")
+    sites.answers |= dict.fromkeys("abc", Error(code=POLICY_REFUSED, reason=RULE))
+    assert "0 of 1 needed sites" in failed(attend, history)
+
+
 def test_a_number_counts_who_trains(make, history):
     sites, attend = make()
     sites.come("a")
@@ -414,7 +449,7 @@ def test_who_refuses_is_asked_again_until_it_agrees(make, history, caplog):
     ("answer", "said"),
     [
         ("the disk is full.", "the disk is full."),
-        ("", "it failed without a reason."),
+        ("", "it failed without a reason (code 2)."),
         ("\x1b[2J" + "x" * 3000, "?[2Jxxx"),
         (RecordDict(), "its answer to the roll call cannot be used: the message has no"),
         ({"n_training": -1}, "cannot be used: a number of subjects is negative"),

@@ -21,6 +21,7 @@ from common.config_file import ConfigError
 from common.messages import (
     BUDGET_SPENT,
     NOISED,
+    POLICY_REFUSED,
     WITHHELD,
     SiteReport,
     SiteUpdate,
@@ -249,6 +250,41 @@ def test_a_site_that_can_pay_no_more_rests_and_the_round_goes_on_without_it(fede
     assert judged.contributed == {"a": (1, 2), "bb": (1,), "ccc": (1, 2)}
     assert judged.absent == ((2, "bb", SPENT),)
     assert "bb" in f.rounds()[1].metrics, "it goes on evaluating"
+
+
+RULE = "bb: policy rule `max_hours`: the task took longer than 2 hours."
+
+
+def test_a_site_that_refuses_by_its_policy_is_shown_and_the_federation_goes_on(federation):
+    f = federation("rounds.number=3", "rounds.plateau_patience=null")
+    refused = Error(code=POLICY_REFUSED, reason=RULE)
+    f.spoil[TRAIN, "bb", 2] = f.spoil[EVALUATE, "bb", 2] = lambda answer: refused
+    for number in (1, 2, 3):
+        f.spoil[FINAL, "ccc", number] = lambda answer: refused
+    f.run()
+    judged = in_history(f, verdict)
+    assert judged.complete
+    assert judged.contributed == {"a": (1, 2, 3), "bb": (1, 3), "ccc": (1, 2, 3)}
+    assert judged.absent[0] == (2, "bb", RULE)
+    second = f.rounds()[1]
+    assert [(c.trained, c.reason) for c in second.contributions if c.site == "bb"] == [
+        (False, RULE)
+    ]
+    assert second.unmeasured["bb"] == RULE
+    assert "ccc" not in in_history(f, lambda history: history.final())[1]
+
+
+def test_a_policy_does_not_lower_a_number_of_sites_nor_leave_nobody(federation):
+    f = federation("rounds.number=1", "rounds.min_sites=3")
+    refused = Error(code=POLICY_REFUSED, reason=RULE)
+    f.spoil[TRAIN, "bb", 1] = lambda answer: refused
+    with pytest.raises(FederationFailed, match="2 sites could train, 3 are needed"):
+        f.run()
+    g = federation("rounds.number=1", folder="two")
+    for site in ("a", "bb", "ccc"):
+        g.spoil[TRAIN, site, 1] = lambda answer: refused
+    with pytest.raises(FederationFailed, match="0 sites could train, 1 are needed"):
+        g.run()
 
 
 def test_a_run_in_which_a_site_rests_can_be_continued_any_number_of_times(federation):
