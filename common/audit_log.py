@@ -9,18 +9,34 @@ the other side remembers (`common.audit_heads`).
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from common.audit_file import (
+    START,
+    Anchor,
+    AuditLog,
+    LogError,
+    anchor_damaged,
+    anchor_missing,
+    at_its_end,
+    between,
+    not_ours,
+    opened,
+    read_anchor,
+    require_end,
+    shortened,
+    tampered,
+    unusable,
+    write_anchor,
+)
 from common.audit_lines import (
     EMPTY,
     KEY,
@@ -40,26 +56,9 @@ from common.audit_lines import (
     split,
     whole_entries,
 )
-from common.files import write_text_atomically
 from common.keys import BadKey, fingerprint, load_signing_key
 
 BLOCK = 1 << 16  # bytes read at a time, from the end
-
-
-class LogError(RuntimeError):
-    """The log was changed or damaged, or cannot be written; the text says what and what to do."""
-
-
-@dataclass(frozen=True)
-class AuditLog:
-    """Where a log is, and the private key that signs its entries."""
-
-    path: Path
-    key: Path
-
-    @property
-    def anchor(self) -> Path:
-        return self.path.with_suffix(".head")
 
 
 @dataclass(frozen=True)
@@ -92,19 +91,6 @@ class Reading:
         ]
 
 
-@dataclass(frozen=True)
-class _Anchor:
-    """The last acknowledged entry: its number and hash, and from which byte to which it stands."""
-
-    number: int
-    hash: str
-    begin: int
-    end: int
-
-
-START = _Anchor(EMPTY.number, EMPTY.hash, 0, 0)
-
-
 def append(log: AuditLog, kind: str, details: dict[str, Any], *, lost: bool = False) -> Entry:
     """Add an entry; it is on the disk when this returns. Several processes may do so at once.
 
@@ -123,10 +109,10 @@ def append(log: AuditLog, kind: str, details: dict[str, Any], *, lost: bool = Fa
     """
     key = load_signing_key(log.key)
     try:
-        with _opened(log, write=True) as file:
+        with opened(log, write=True) as file:
             return _append(log, file, key, kind, details, lost)
     except OSError as error:
-        raise _unusable(log.path, "written", error) from error
+        raise unusable(log.path, "written", error) from error
 
 
 def _append(
@@ -137,23 +123,23 @@ def _append(
     details: dict[str, Any],
     lost: bool,
 ) -> Entry:
-    anchor = _read_anchor(log)
+    anchor = read_anchor(log)
     content_size = os.fstat(file.fileno()).st_size
     if anchor is None:
         if content_size:
-            raise _anchor_missing(log)
+            raise anchor_missing(log)
         anchor = START
-        _write_anchor(log, anchor)  # first, so that no entry is ever without
-    _require_end(log, file, anchor, content_size)
+        write_anchor(log, anchor)  # first, so that no entry is ever without
+    require_end(log, file, anchor, content_size)
     ours = fingerprint(key.public_key())
     signer = _signer(file, anchor)
     known = Signer(key.public_key(), ours)
     if signer != ours:  # seldom, so that the whole log may be read
-        known = last_signer(_all_entries(log.path, _between(file, 0, anchor.end)))
-    rest = _between(file, anchor.end, content_size)
+        known = last_signer(_all_entries(log.path, between(file, 0, anchor.end)))
+    rest = between(file, anchor.end, content_size)
     for entry, line in whole_entries(rest, Head(anchor.number, anchor.hash), known, ours):
         # written, and interrupted before the anchor was
-        anchor = _Anchor(entry.number, entry.hash, anchor.end, anchor.end + len(line))
+        anchor = Anchor(entry.number, entry.hash, anchor.end, anchor.end + len(line))
         signer = entry.key
     torn = rest[len(rest) - (content_size - anchor.end) :]
     _require_no_entry(log, torn, anchor)
@@ -162,7 +148,7 @@ def _append(
     if signer != ours:
         former = _former_key(log, signer)
         if signer and former is None and not lost:
-            raise _not_ours(log, signer, ours)
+            raise not_ours(log, signer, ours)
         new.append((KEY, introduction(before, key.public_key(), former)))
     if torn:
         cut = {"bytes": len(torn), "sha256": hashlib.sha256(torn).hexdigest()}
@@ -181,12 +167,12 @@ def _former_key(log: AuditLog, signer: str) -> ec.EllipticCurvePrivateKey | None
     return None
 
 
-def _require_no_entry(log: AuditLog, torn: bytes, anchor: _Anchor) -> None:
+def _require_no_entry(log: AuditLog, torn: bytes, anchor: Anchor) -> None:
     """What is cut off was no entry yet; a whole one, which this key did not write, is no accident."""
     for line in split(torn):
         with contextlib.suppress(Broken):
             parsed(line)
-            raise _tampered(
+            raise tampered(
                 log.path,
                 f"behind entry {anchor.number}, the last that was acknowledged, stands a whole one "
                 "that this log's key has not signed there",
@@ -196,7 +182,7 @@ def _require_no_entry(log: AuditLog, torn: bytes, anchor: _Anchor) -> None:
 def _write(
     log: AuditLog,
     file: BinaryIO,
-    anchor: _Anchor,
+    anchor: Anchor,
     new: list[tuple[str, dict[str, Any]]],
     key: ec.EllipticCurvePrivateKey,
 ) -> Entry:
@@ -211,20 +197,18 @@ def _write(
         lines.append(line)
     written = b"".join(lines)
     end = anchor.end + len(written)
-    acknowledged = _read_anchor(log)
+    acknowledged = read_anchor(log)
     try:
         file.truncate(anchor.end)
         file.seek(anchor.end)
         file.write(written)
         file.flush()
         os.fsync(file.fileno())
-        _write_anchor(log, _Anchor(entry.number, entry.hash, end - len(lines[-1]), end))
+        write_anchor(log, Anchor(entry.number, entry.hash, end - len(lines[-1]), end))
     except OSError:
         # if this fails too, the next writing sees to it
         with contextlib.suppress(OSError, LogError):
-            if (
-                _read_anchor(log) == acknowledged
-            ):  # else the entry counts: the anchor is the new one
+            if read_anchor(log) == acknowledged:  # else the entry counts: the anchor is the new one
                 os.ftruncate(file.fileno(), anchor.end)
         raise
     return entry
@@ -232,16 +216,16 @@ def _write(
 
 def head(log: AuditLog) -> Head:
     """The last entry. Reads the end only. Raises LogError, as `append`."""
-    with _at_its_end(log) as (_, anchor):
+    with at_its_end(log) as (_, anchor):
         return Head(anchor.number, anchor.hash)
 
 
 def last_entry(log: AuditLog) -> Entry | None:
     """The last entry, if there is any. Reads the end only. Raises LogError, as `append`."""
-    with _at_its_end(log) as (file, anchor):
+    with at_its_end(log) as (file, anchor):
         if file is None or anchor.number == 0:
             return None
-        return parsed(_between(file, anchor.begin, anchor.end))
+        return parsed(between(file, anchor.begin, anchor.end))
 
 
 def holds(log: AuditLog, known: Head) -> bool:
@@ -252,7 +236,7 @@ def holds(log: AuditLog, known: Head) -> bool:
     """
     if known.number == 0:
         return known == EMPTY
-    with _at_its_end(log) as (file, anchor):
+    with at_its_end(log) as (file, anchor):
         if file is None or known.number > anchor.number:
             return False
         for number, line in enumerate(_backwards(file, anchor.end)):
@@ -266,32 +250,13 @@ def _backwards(file: BinaryIO, end: int) -> Iterator[bytes]:
     tail = b""
     while end > 0:
         begin = max(0, end - BLOCK)
-        tail = _between(file, begin, end) + tail
+        tail = between(file, begin, end) + tail
         end = begin
         first, *lines = tail.splitlines(keepends=True)
         yield from reversed(lines)
         tail = first  # its beginning may stand before
     if tail:
         yield tail
-
-
-@contextmanager
-def _at_its_end(log: AuditLog) -> Iterator[tuple[BinaryIO | None, _Anchor]]:
-    """The file, and its anchor, which fits; None if there is no log yet."""
-    try:
-        if not log.path.exists() and not log.anchor.exists():
-            yield None, START
-            return
-        with _opened(log) as file:
-            anchor = _read_anchor(log)
-            size = os.fstat(file.fileno()).st_size
-            if anchor is None and size:
-                raise _anchor_missing(log)
-            anchor = anchor or START  # interrupted before its first entry
-            _require_end(log, file, anchor, size)
-            yield file, anchor
-    except OSError as error:
-        raise _unusable(log.path, "read", error) from error
 
 
 def told(log: AuditLog, *kinds: str) -> Iterator[Entry]:
@@ -320,12 +285,12 @@ class Follower:
             if not self.log.path.exists():
                 self._forget()
                 return []
-            with _opened(self.log) as file:
-                if _between(file, self._end - len(self._last), self._end) != self._last:
+            with opened(self.log) as file:
+                if between(file, self._end - len(self._last), self._end) != self._last:
                     self._forget()  # another log is there
-                content = _between(file, self._end, os.fstat(file.fileno()).st_size)
+                content = between(file, self._end, os.fstat(file.fileno()).st_size)
         except OSError as error:
-            raise _unusable(self.log.path, "read", error) from error
+            raise unusable(self.log.path, "read", error) from error
         for line in split(content):
             if line.endswith(b"\n"):  # else its writing was interrupted
                 self._add(line)
@@ -341,7 +306,7 @@ class Follower:
             try:
                 entry = parsed(line)
             except Broken as error:
-                raise _tampered(self.log.path, f"entry {self._number + 1} {error}") from error
+                raise tampered(self.log.path, f"entry {self._number + 1} {error}") from error
             if not self.kinds or entry.kind in self.kinds:
                 self._found.append(entry)
         self._number, self._end, self._last = self._number + 1, self._end + len(line), line
@@ -356,24 +321,24 @@ def verified(log: AuditLog) -> Reading:
     try:
         if not log.path.exists() and not log.anchor.exists():
             return Reading([])
-        with _opened(log) as file:
-            content, anchor = file.read(), _read_anchor(log)
+        with opened(log) as file:
+            content, anchor = file.read(), read_anchor(log)
     except OSError as error:
-        raise _unusable(log.path, "read", error) from error
+        raise unusable(log.path, "read", error) from error
     if anchor is None:
         if not content:
             return Reading([])
         verified_copy(log.path)  # a change is worth more words than a missing file
-        raise _anchor_missing(log)
+        raise anchor_missing(log)
     acknowledged = content[: anchor.end]
     entries = _all_entries(log.path, acknowledged)
     if len(entries) < anchor.number or len(content) < anchor.end:
-        raise _shortened(log.path, len(entries), anchor.number)
+        raise shortened(log.path, len(entries), anchor.number)
     last = entries[-1].head if entries else EMPTY
     if last != Head(anchor.number, anchor.hash):
-        raise _tampered(log.path, f"entry {last.number} is not the one that was last written")
+        raise tampered(log.path, f"entry {last.number} is not the one that was last written")
     if anchor.begin != acknowledged.rfind(b"\n", 0, -1) + 1:
-        raise _anchor_damaged(log)
+        raise anchor_damaged(log)
     rest = content[anchor.end :]
     more = list(whole_entries(rest, last, last_signer(entries)))
     unfinished = len(rest) - sum(len(line) for _, line in more)
@@ -391,7 +356,7 @@ def verified_copy(path: Path) -> Reading:
             raise LogError(f"{path} is no file; give a copy of the other side's audit.log.")
         return Reading(_all_entries(path, path.read_bytes()))
     except OSError as error:
-        raise _unusable(path, "read", error) from error
+        raise unusable(path, "read", error) from error
 
 
 def _all_entries(path: Path, content: bytes) -> list[Entry]:
@@ -401,111 +366,13 @@ def _all_entries(path: Path, content: bytes) -> list[Entry]:
         try:
             entry, key = next_entry(line, before, key)
         except Broken as error:
-            raise _tampered(path, f"entry {before.number + 1} {error}") from error
+            raise tampered(path, f"entry {before.number + 1} {error}") from error
         entries.append(entry)
         before = entry.head
     return entries
 
 
-# -------------------------------------------------------------------------------- file and anchor
-
-
-@contextmanager
-def _opened(log: AuditLog, *, write: bool = False) -> Iterator[BinaryIO]:
-    flags = os.O_RDWR | os.O_CREAT if write else os.O_RDONLY
-    with os.fdopen(os.open(log.path, flags, 0o600), "r+b" if write else "rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX if write else fcntl.LOCK_SH)
-        yield file
-
-
-def _signer(file: BinaryIO, anchor: _Anchor) -> str:
+def _signer(file: BinaryIO, anchor: Anchor) -> str:
     if anchor.number == 0:
         return ""
-    return parsed(_between(file, anchor.begin, anchor.end)).key
-
-
-def _between(file: BinaryIO, begin: int, end: int) -> bytes:
-    file.seek(begin)
-    return file.read(end - begin)
-
-
-def _require_end(log: AuditLog, file: BinaryIO, anchor: _Anchor, size: int) -> None:
-    """The last acknowledged entry stands where it stood."""
-    if size < anchor.end:
-        raise _shortened(log.path, None, anchor.number)
-    if anchor.number == 0 and anchor != START:
-        raise _anchor_damaged(log)
-    if anchor.number and line_hash(_between(file, anchor.begin, anchor.end)) != anchor.hash:
-        raise _tampered(log.path, f"entry {anchor.number}, the last, was changed or moved")
-
-
-def _read_anchor(log: AuditLog) -> _Anchor | None:
-    try:
-        text = log.anchor.read_bytes().decode("ascii")
-        anchor = _Anchor(**json.loads(text))
-        numbers = anchor.number, anchor.begin, anchor.end
-        if not all(type(n) is int for n in numbers) or not 0 <= anchor.begin <= anchor.end:
-            raise ValueError("impossible values")
-        if _anchor_text(anchor) != text:
-            raise ValueError("not as it was written")
-        return anchor
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, RecursionError) as error:
-        raise _anchor_damaged(log) from error
-
-
-def _write_anchor(log: AuditLog, anchor: _Anchor) -> None:
-    write_text_atomically(log.anchor, _anchor_text(anchor))
-
-
-def _anchor_text(anchor: _Anchor) -> str:
-    return json.dumps(asdict(anchor)) + "\n"
-
-
-def _remedy(path: Path) -> str:
-    return (
-        f"Keep both files as evidence, find out who changed them, and restore {path.name} and "
-        f"{path.with_suffix('.head').name} from a backup."
-    )
-
-
-def _anchor_damaged(log: AuditLog) -> LogError:
-    return LogError(f"{log.anchor} is damaged. {_remedy(log.path)}")
-
-
-def _anchor_missing(log: AuditLog) -> LogError:
-    return LogError(
-        f"{log.anchor} is missing, so entries may be missing at the end of {log.path}. "
-        f"{_remedy(log.path)}"
-    )
-
-
-def _shortened(path: Path, found: int | None, written: int) -> LogError:
-    holds_ = "is shorter than it was" if found is None else f"holds {found} whole entries"
-    return LogError(
-        f"{path}: the audit log {holds_}, and {written} were written: its end is missing. "
-        f"{_remedy(path)}"
-    )
-
-
-def _tampered(path: Path, what: str) -> LogError:
-    return LogError(
-        f"{path}: the audit log was tampered with or damaged: {what.rstrip('.')}. {_remedy(path)}"
-    )
-
-
-def _not_ours(log: AuditLog, signer: str, ours: str) -> LogError:
-    return LogError(
-        f"{log.path}: the last entry is signed by {signer}, and the present key is {ours}, which that "
-        f"one does not vouch for: somebody else wrote it, or {log.key.name} was replaced by hand. "
-        f"{_remedy(log.path)} If that key was yours and is lost, make a new one (fed-client rotate-key; "
-        "on a server fed-server renew-certificate), which is then recorded as not vouched for."
-    )
-
-
-def _unusable(path: Path, what: str, error: OSError) -> LogError:
-    remedy = "Free disk space, or check who may write there."
-    if what == "read":
-        remedy = "Check that it is there, and who may read it."
-    return LogError(f"{path}: the audit log cannot be {what} ({error.strerror or error}). {remedy}")
+    return parsed(between(file, anchor.begin, anchor.end)).key

@@ -199,7 +199,7 @@ def strangers_lines(before: Head) -> tuple[bytes, bytes, Head]:
 def test_a_strangers_entries_behind_the_anchor_are_not_taken_on(log, begun):
     content = filled(log) if begun else b""
     if not begun:
-        module._write_anchor(log, module.START)
+        module.write_anchor(log, module.START)
     first, second, _ = strangers_lines(head(log) if begun else EMPTY)
     log.path.write_bytes(content + first + second)
     if begun:
@@ -218,7 +218,7 @@ def test_on_a_strangers_end_nobody_goes_on(log):
     content = b"".join(lines) + first + second
     log.path.write_bytes(content)
     begin, end = len(content) - len(second), len(content)
-    module._write_anchor(log, module._Anchor(last.number, last.hash, begin, end))
+    module.write_anchor(log, module.Anchor(last.number, last.hash, begin, end))
     with pytest.raises(LogError, match="somebody else wrote it"):
         append(log, "sent", {})
     assert [entry.number for entry, _ in verified(log).unvouched()] == [3]
@@ -485,7 +485,7 @@ def test_if_the_anchor_cannot_be_written_the_entry_is_taken_back(log, monkeypatc
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_write_anchor", fail)
+        patch.setattr(module, "write_anchor", fail)
         with pytest.raises(LogError, match="No space left"):
             append(log, "sent", {})
     assert log.path.read_bytes() == content
@@ -511,14 +511,14 @@ def test_if_only_the_folder_cannot_be_synced_the_log_goes_on(log, monkeypatch):
 def test_to_look_for_a_late_entry_the_whole_log_is_not_read(log, monkeypatch):
     known = [append(log, "sent", {"round": number}).head for number in range(30)][-2]
     monkeypatch.setattr(module, "BLOCK", 1000)
-    read, between = 0, module._between
+    read, between = 0, module.between
 
     def counted(file: object, begin: int, end: int) -> bytes:
         nonlocal read
         read += end - begin
         return between(file, begin, end)
 
-    monkeypatch.setattr(module, "_between", counted)
+    monkeypatch.setattr(module, "between", counted)
     follower = module.Follower(log, ("sent",))
     assert len(follower.entries()) == 30
     read = 0
@@ -548,13 +548,13 @@ def test_what_was_read_is_read_again_where_another_log_is_there(log):
 def test_to_append_the_whole_log_is_not_read(log, monkeypatch):
     filled(log, 20)
     read = 0
-    between = module._between
+    between = module.between
 
     def counted(file: object, begin: int, end: int) -> bytes:
         nonlocal read
         read += end - begin
         return between(file, begin, end)
 
-    monkeypatch.setattr(module, "_between", counted)
+    monkeypatch.setattr(module, "between", counted)
     append(log, "sent", {})
     assert 0 < read < 3 * os.path.getsize(log.path) / 20
