@@ -56,7 +56,7 @@ from common.secure_messages import (
 from common.statement import Signed
 from common.weights import BadWeights, Weights, load_weights, relative_change, save_weights
 from server.checkpoint import RunFolder
-from server.exchange import BudgetSpent, PolicyRefused, addressed, answers, refused_by_policy
+from server.exchange import BudgetSpent, addressed, answers
 from server.history import TRAINING, Contribution, GivenStatement
 from server.replies import refuse_trained
 from server.roll_call import Roll
@@ -138,7 +138,6 @@ def _sum(attempt: _Attempt, content: RecordDict, asked: str) -> Weights:
         attempt.config,
         len(attempt.members) + len(attempt.gone) + len(attempt.roll.absent),
         len(attempt.spent),
-        refused_by_policy([*attempt.gone.values(), *attempt.roll.absent.values()]),
     )
     attempt.require(needed, "have trained")
     everybody = dict(attempt.members)
@@ -331,7 +330,6 @@ def _keep(folder: RunFolder, number: int, asked: str, gathered: Gathered) -> Non
         "task": asked,
         "contributions": [asdict(c) for c in gathered.contributions],
         "spent": gathered.spent,
-        "refused": [c.site for c in gathered.contributions if isinstance(c.reason, PolicyRefused)],
         "statements": [
             [s.round, s.site, s.stage, s.signed.text, s.signed.signature.hex()]
             for s in gathered.statements
@@ -348,9 +346,6 @@ def _kept(folder: RunFolder, number: int, asked: str) -> Gathered | None:
     if (about.get("round"), about.get("task")) != (number, asked):
         return None
     kept: Any = about
-    for contribution in kept["contributions"]:
-        if contribution["site"] in kept.get("refused", ()):
-            contribution["reason"] = PolicyRefused(contribution["reason"])
     return Gathered(
         weights,
         contributions=[Contribution(**contribution) for contribution in kept["contributions"]],

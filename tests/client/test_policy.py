@@ -122,6 +122,12 @@ def refusal(content: RecordDict, policy: Policy) -> str:
         ({"networks": []}, "must be any"),
         ({"recipes": ["resize"]}, "must be any, or a list of patches, resample"),
         ({"min_subjects": 0}, "greater than 0"),
+        *[
+            ({name: truth}, "must be a number, not yes or no")
+            for name in ("min_subjects", "decimals", "max_rounds", "max_epochs", "max_hours")
+            for truth in (True, False)
+        ],
+        ({"max_gpu_memory_gb": True}, "must be a number"),
         ({"decimals": -1}, "greater than or equal to 0"),
         ({"federation": 12345}, "write it in quotes"),
         ({"federation": "xyz"}, "32 of 0-9 a-f"),
