@@ -17,6 +17,9 @@ import yaml
 from client.hospital import HospitalFolder
 from client.policy import Policy
 from client.policy_words import (
+    ALWAYS,
+    PRIVATE_STATEMENT,
+    STATEMENT,
     metrics_in_words,
     name_in_words,
     training_in_words,
@@ -115,7 +118,8 @@ def require_policy(terms: Terms, invitation: Invitation, settings: SiteConfig) -
         lines = "".join(f"  {refusal}\n" for refusal in broken)
         raise NotAccepted(
             f"These terms are against this site's own policy (policy: in site.yaml):\n{lines}"
-            "Nothing was accepted or sent. Ask the coordinator for other terms, or change the policy."
+            "Nothing was accepted or sent. Ask the coordinator for other terms, or change the policy "
+            "(send_updates: false for a site that is only to evaluate)."
         )
 
 
@@ -155,11 +159,6 @@ CONSENT SHEET of federation "{c.name}" ({terms.federation}) for {invitation.site
 
   What leaves this building, and nothing else:
 {_leaving(settings, updates, subjects)}
-   - the text of an error or refusal, free of paths and data; that the farewell was heard
-   - with every answer, number and hash of the last entry of this site's audit log, and of the last
-     that it has heard of the coordinator's
-   - as with any connection: this machine's address, when it is connected, this site's public key,
-     the versions of the programs, and the fingerprint of the configuration
   For each round at most 10 updates and 10 sets of means, should connections break; no update for an
   earlier round than the last.
   What stays: every scan, segmentation and subject id{_single(settings.policy)}.
@@ -195,22 +194,12 @@ def _leaving(settings: SiteConfig, updates: str, subjects: str) -> str:
         training_in_words(policy, privacy),
         metrics_in_words(policy, privacy),
         STATEMENT if privacy is None else PRIVATE_STATEMENT,
+        *ALWAYS,
     ]
     return "\n".join(
         textwrap.fill(entry, 96, initial_indent="   - ", subsequent_indent="     ")
         for entry in entries
     )
-
-
-STATEMENT = (
-    "the signed statement that this site trains without differential privacy, with the hash of the "
-    "code and, if a ledger is kept, its random number, its length and its last hash"
-)
-PRIVATE_STATEMENT = (
-    "a signed statement of the privacy spent: epsilon, delta and budget, noise, rate, clipping norm "
-    "and steps, number of patients, hash of the code, the ledger's random number, length and last "
-    "hash (by which two federations can see that a site of each is the same hospital)"
-)
 
 
 def _single(policy: Policy) -> str:

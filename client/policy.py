@@ -47,7 +47,8 @@ class Policy(Section):
     )
     min_subjects: PositiveInt = Field(
         5,
-        description="no mean over fewer held-out subjects leaves, and no update trained on fewer",
+        description="no mean over fewer held-out subjects leaves, and no update trained on fewer; as "
+        "many patients are needed, for several scans can be one patient's",
     )
     show_name: bool = Field(
         False,
@@ -106,6 +107,21 @@ class Policy(Section):
         unknown = [name for name in value if name not in known]
         if unknown or not value:
             raise ValueError(f"must be any, or a list of {', '.join(known)}")
+        return value
+
+    @field_validator(
+        "decimals",
+        "min_subjects",
+        "max_rounds",
+        "max_epochs",
+        "max_hours",
+        "max_gpu_memory_gb",
+        mode="before",
+    )
+    @classmethod
+    def _a_number(cls, value: object) -> object:
+        if isinstance(value, bool):  # YAML takes yes for a truth, and that counts as 1
+            raise ValueError("must be a number, not yes or no")
         return value
 
     @field_validator("federation", "coordinator", mode="before")

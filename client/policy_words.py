@@ -6,20 +6,47 @@ from client.policy import ANY, Policy
 from client.site_config import PrivacyBudget, SiteConfig
 from common.console import many
 
+STATEMENT = (
+    "the signed statement that this site trains without differential privacy, with the hash of the "
+    "code and, if a ledger is kept, its random number, its length and its last hash"
+)
+PRIVATE_STATEMENT = (
+    "a signed statement of the privacy spent: epsilon, delta and budget, noise, rate, clipping norm "
+    "and steps, number of patients, hash of the code, the ledger's random number, length and last "
+    "hash (by which two federations can see that a site of each is the same hospital)"
+)
+ALWAYS = (
+    (
+        "the text of an error or refusal, free of paths and data, with one of three codes; that the "
+        "farewell was heard"
+    ),
+    (
+        "with every answer, number and hash of the last entry of this site's audit log, and of the last "
+        "that it has heard of the coordinator's"
+    ),
+    (
+        "as with any connection: this machine's address, when it is connected, this site's public key, "
+        "the versions of the programs, and the fingerprint of the configuration"
+    ),
+)
+
 
 def leaves(settings: SiteConfig) -> list[str]:
     """What may leave this site, an entry for each kind."""
     policy, privacy = settings.policy, settings.privacy
+    secure = (
+        "with secure aggregation, this site's keys for a round, sealed shares of its secrets for "
+    )
+    secure += "the other sites, and the shares of theirs that unmask the sum"
     return [
         update_in_words(policy, privacy),
+        *([secure] if policy.send_updates else []),
         name_in_words(policy),
         "the numbers of its training (not with secure aggregation), held-out and left-out subjects",
         training_in_words(policy, privacy),
         metrics_in_words(policy, privacy),
-        (
-            "a signed statement about privacy, the text of an error or refusal, free of paths and "
-            "data, and that the farewell was heard"
-        ),
+        STATEMENT if privacy is None else PRIVATE_STATEMENT,
+        *ALWAYS,
     ]
 
 
@@ -31,7 +58,10 @@ def stays(settings: SiteConfig) -> list[str]:
         if settings.policy.min_subjects > 1
         else "every scan, segmentation and subject id; a mean over one subject is its result, and "
         "may leave (min_subjects)",
-        f"any mean over fewer than {few}, and any update trained on fewer",
+        (
+            f"any mean over fewer than {few}, and any update trained on fewer; several scans of one "
+            "patient count as one"
+        ),
         "whatever else is in an answer: it is built anew from the list above",
     ]
 

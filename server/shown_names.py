@@ -40,7 +40,10 @@ def named_in(judged: Verdict) -> set[str]:
 
 
 def verdict_with(judged: Verdict, names: dict[str, str]) -> Verdict:
-    """The verdict with these names, in the sites' own words too; they often begin with their name."""
+    """The verdict with these names, in the sites' own words too; they often begin with their name.
+
+    Why it `ended` are the coordinator's own words, which name nobody.
+    """
 
     def name(site: str) -> str:
         return names.get(site, site)
@@ -55,16 +58,19 @@ def verdict_with(judged: Verdict, names: dict[str, str]) -> Verdict:
         stopped=absences(judged.stopped),
         withheld=tuple(map(name, judged.withheld)),
         noised=tuple(map(name, judged.noised)),
-        ended=text_with(judged.ended, names),
     )
 
 
 def text_with(text: str, names: dict[str, str]) -> str:
-    """The text with every hidden name in it replaced, where it stands as a word of its own."""
+    """The text with every hidden name in it replaced, where it stands as a name of its own.
+
+    Letters, digits and . _ - belong to a name, but for the full stop after a sentence. Capitals count.
+    A site that is called as an ordinary word is hidden in that word's place too.
+    """
     changed = {site: name for site, name in names.items() if site != name}
     if not changed:
         return text
     longest_first = sorted(changed, key=len, reverse=True)
     pattern = "|".join(map(re.escape, longest_first))
-    word = rf"(?<![A-Za-z0-9_-])(?:{pattern})(?![A-Za-z0-9_-])"
+    word = rf"(?<![A-Za-z0-9_-])(?<![A-Za-z0-9_-]\.)(?:{pattern})(?!\.*[A-Za-z0-9_-])"
     return re.sub(word, lambda found: changed[found[0]], text)

@@ -13,6 +13,7 @@ from flwr.supercore.task_identity import TaskIdentity
 import client.audit_trail as module
 from client import outbound
 from client.audit_trail import Trail
+from client.permitted import Own
 from client.policy import Policy
 from common.audit_heads import Heads, attach_heads
 from common.audit_log import EMPTY, AuditLog, Head, append, told, verified
@@ -28,7 +29,7 @@ class Site:
         save_private_key(folder / "site.key", new_private_key())
         self.log = AuditLog(folder / "audit.log", folder / "site.key")
         self.trail = Trail(self.log)
-        self.gate = outbound.Gate(self.log, Policy(), "Oslo", str.encode)
+        self.gate = outbound.Gate(self.log, Policy(), Own("Oslo"), str.encode)
         self.trail.begin()
 
     def asked(self, head: int = 0, kind: str = MessageType.QUERY) -> Message:
@@ -42,7 +43,7 @@ class Site:
     def refuse(self, why: str = "Oslo: not now.", **asked: Any) -> outbound.Released:
         message = self.asked(**asked)
         self.trail.refused(message, why)
-        return outbound.release(Message(Error(2, why), reply_to=message), self.gate)
+        return outbound.release(Message(Error(2, why), reply_to=message), message, self.gate)
 
     def entries(self) -> list[Any]:
         verified(self.log)

@@ -114,7 +114,7 @@ def test_weights_and_changes_are_the_same_afterwards():
 
 
 def test_a_masked_vector_is_the_same_afterwards_and_nothing_else_is_one():
-    content = pack_masked(Masked(1, "ab", np.arange(1000, dtype=np.uint32)))
+    content = pack_masked(Masked(1, "ab", np.arange(1000, dtype=np.uint32), b""))
     data = content["masked"][BLOCK].data
     assert rebuilt(data, masked=True) == data
     vector = {"dtype": "U32", "shape": [2], "data_offsets": [0, 8]}

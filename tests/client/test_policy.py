@@ -43,9 +43,11 @@ from common.messages import (
 )
 from common.metrics import SiteMetrics, SubjectMetrics, summarise
 from common.secure_messages import (
+    Agreed,
     Masked,
     Revealed,
     Sealed,
+    pack_agreed,
     pack_masked,
     pack_revealed,
     pack_sealed,
@@ -122,6 +124,12 @@ def refusal(content: RecordDict, policy: Policy) -> str:
         ({"networks": []}, "must be any"),
         ({"recipes": ["resize"]}, "must be any, or a list of patches, resample"),
         ({"min_subjects": 0}, "greater than 0"),
+        *[
+            ({name: truth}, "must be a number, not yes or no")
+            for name in ("min_subjects", "decimals", "max_rounds", "max_epochs", "max_hours")
+            for truth in (True, False)
+        ],
+        ({"max_gpu_memory_gb": True}, "must be a number"),
         ({"decimals": -1}, "greater than or equal to 0"),
         ({"federation": 12345}, "write it in quotes"),
         ({"federation": "xyz"}, "32 of 0-9 a-f"),
@@ -309,9 +317,10 @@ def test_patients_are_counted_and_not_their_scans():
 
 
 def secure_answers() -> dict[str, RecordDict]:
-    vector = Masked(1, "ab", np.arange(5, dtype=np.uint32))
+    vector = Masked(1, "ab", np.arange(5, dtype=np.uint32), b"signed")
     return {
         "sealed": pack_sealed(Sealed(1, "ab", {})),
+        "agreed": pack_agreed(Agreed(1, "ab", b"signed")),
         "revealed": pack_revealed(Revealed(1, "ab", {})),
         "masked": pack_masked(vector),
     }

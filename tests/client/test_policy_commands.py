@@ -65,6 +65,23 @@ def test_every_key_is_told_in_words(hospital, key, said):
     assert "no terms yet" in after.stdout
 
 
+@pytest.mark.parametrize(
+    "what",
+    [
+        "number and hash of the last entry of this site's audit log",
+        "this site's keys for a round, sealed shares of its secrets",
+        "the shares of theirs that unmask the sum",
+        "this machine's address, when it is connected, this site's public key",
+        "the versions of the programs, and the fingerprint of the configuration",
+        "the text of an error or refusal",
+        "the farewell was heard",
+    ],
+)
+def test_the_list_of_what_leaves_is_whole(hospital, what):
+    leaving = words(explained(hospital).stdout).partition("What never leaves")[0]
+    assert what in leaving
+
+
 def test_every_key_is_in_the_test_above():
     from client.policy import Policy
 

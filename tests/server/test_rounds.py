@@ -33,6 +33,7 @@ from common.statement import Signed, Statement
 from common.weights import BadWeights, Weights, file_sha256, load_weights, save_weights
 from common.wire import encode, encode_change
 from server.checkpoint import load_checkpoint, load_to_continue
+from server.exchange import PolicyRefused
 from server.history import FINAL as AT_THE_END
 from server.history import METRICS, TRAINING, History
 from server.roll_call import FederationFailed, Roll
@@ -1432,3 +1433,11 @@ def test_a_run_without_given_weights_says_so_even_if_one_was_tried_with_some(fed
     f = federation("rounds.number=2")
     f.run()
     assert in_history(f, lambda history: history.noted("init_from")) is None
+
+
+def test_who_refuses_the_roll_call_by_policy_is_shown_and_not_needed(federation):
+    f = federation("rounds.number=2", "rounds.plateau_patience=null")
+    f.run(attend=attendance(f, {2: {"bb": PolicyRefused(RULE)}}))
+    judged = in_history(f, verdict)
+    assert judged.contributed == {"a": (1, 2), "bb": (1,), "ccc": (1, 2)}
+    assert (2, "bb", RULE) in judged.absent

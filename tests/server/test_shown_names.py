@@ -52,7 +52,7 @@ def test_no_hidden_name_is_left_in_a_verdict():
         ((4, "Oslo", "it was off"),),
         ("Oslo",),
         ("Oslo",),
-        "Oslo and Bergen have ended",
+        "after round 3",
     )
     lines = verdict_with(judged, shown_names(cards(Oslo=False, Bergen=True))).lines()
     text = "\n".join(lines)
@@ -72,3 +72,22 @@ def test_no_hidden_name_is_left_in_a_verdict():
 def test_the_longest_of_names_that_begin_alike_is_meant():
     names = {"A": "another site (1)", "A.b": "another site (2)"}
     assert text_with("A.b, then A: x", names) == "another site (2), then another site (1): x"
+
+
+def test_only_whole_names_are_replaced():
+    """Whatever a name may hold; a full stop after it is none of it."""
+    names = {"Oslo": "another site", "Oslo.1": "Oslo.1"}
+    same = "Oslo.1 Oslo..2 x.Oslo Oslo-1 Oslo_2 my-Oslo OSLO oslo Oslo.example"
+    assert text_with(same, names) == same
+    text = "Oslo: no. (Oslo) Oslo's like Oslo. Oslo, and Oslo"
+    assert text_with(text, names) == text.replace("Oslo", "another site")
+    assert text_with("Oslo.1. Then Oslo.", {"Oslo.1": "another site"}) == "another site. Then Oslo."
+
+
+def test_what_the_coordinator_says_itself_is_left_as_it_is():
+    judged = Verdict(True, 3, {"round": (1,)}, (), ended="fewer sites after round 3")
+    names = shown_names(cards(round=False))
+    assert verdict_with(judged, names).lines() == [
+        "Training complete: 3 rounds. It ended there: fewer sites after round 3.",
+        "  another site contributed to rounds 1.",
+    ]
