@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from flwr.app import MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -40,7 +40,7 @@ from server.checkpoint import (
     save_checkpoint,
 )
 from server.comparison import best_rounds, comparable_losses
-from server.exchange import PolicyRefused, addressed, answers, refused_by_policy
+from server.exchange import addressed, answers, refused_by_policy
 from server.history import (
     FINAL,
     METRICS,
@@ -222,9 +222,7 @@ def _one_round(
         others = {**roll.absent, **roll.resting}
         _enough_to_aggregate(config, roll, number, len(roll.training), others)
     if config.secure_aggregation:
-        # who refuses by policy is not waited for, so none of those that the sum has to be of
-        asked = {s: why for s, why in roll.absent.items() if not isinstance(why, PolicyRefused)}
-        gathered = gather_secure_sum(grid, config, folder, replace(roll, absent=asked), task)
+        gathered = gather_secure_sum(grid, config, folder, roll, task)
     else:
         gathered = gather_updates(grid, config, roll, task, folder.updates)
     contributions, spent = gathered.contributions, gathered.spent

@@ -118,15 +118,16 @@ def gather_secure_sum(
         BadWeights: what an interrupted round has left is damaged.
         OSError: the disk has no room for the sum.
     """
-    if (kept := kept_mean(folder, task.round)) is not None:
+    base = base_of(task.weights)
+    if (kept := kept_mean(folder, task.round, base)) is not None:
         LOG.info(f"round {task.round}: its sum is there already")
         return kept
-    masked = kept_masked(folder, task.round)
+    masked = kept_masked(folder, task.round, base)
     if masked is None:
         session = Session(secrets.token_hex(16), roster_size(roll))
         attempt = _Attempt(grid, config, roll, task, session)
         try:
-            masked = _masked_sum(attempt)
+            masked = _masked_sum(attempt, base)
         except _Failed as failed:
             for site in list(attempt.members):
                 attempt.leave(site, str(failed))
@@ -163,7 +164,7 @@ def _failed(masked: MaskedSum, why: str) -> list[Contribution]:
     return [replace(c, trained=False, reason=why) if c.trained else c for c in masked.contributions]
 
 
-def _masked_sum(attempt: _Attempt) -> MaskedSum:
+def _masked_sum(attempt: _Attempt, base: str) -> MaskedSum:
     config, roll, sites = attempt.config, attempt.roll, attempt.session.sites
     content = pack_train_task(attempt.task)
     asked = task_hash(content)
@@ -180,6 +181,7 @@ def _masked_sum(attempt: _Attempt) -> MaskedSum:
     attempt.require(needed, "have sent a masked update")
     return MaskedSum(
         attempt.task.round,
+        base,
         attempt.session.id,
         sites,
         attempt.adverts,

@@ -7,6 +7,7 @@ or has lost too many sites, goes on from there, with whoever of the members is t
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from common.files import write_atomically
 from common.masking import Advert
 from common.statement import Signed
 from common.weights import BadWeights, Weights, load_weights, save_weights
+from common.wire import encode
 from server.checkpoint import RunFolder
 from server.exchange import PolicyRefused
 from server.history import Contribution, GivenStatement
@@ -31,9 +33,11 @@ TOTAL = "total"  # the one tensor of the masked sum
 @dataclass(frozen=True)
 class MaskedSum:
     """`adverts`, `contributions` and `signatures` (over the list of those present) are by site's name;
-    `present` are all towards whom the vectors are masked. `sites` is the size of the roster."""
+    `present` are all towards whom the vectors are masked. `sites` is the size of the roster, `base`
+    the hash of the model that the sites began from (`base_of`)."""
 
     round: int
+    base: str
     session: str
     sites: int
     adverts: dict[str, Advert]
@@ -43,6 +47,11 @@ class MaskedSum:
     spent: dict[str, str]
     statements: list[GivenStatement]
     total: np.ndarray
+
+
+def base_of(weights: Weights) -> str:
+    """sha256 (hex): a sum of changes is of use for the model that they are changes of only."""
+    return hashlib.sha256(encode(weights)).hexdigest()
 
 
 def begun(folder: RunFolder, number: int) -> bool:
@@ -60,6 +69,7 @@ def keep_masked(folder: RunFolder, masked: MaskedSum) -> None:
     m = masked
     about = {
         "round": m.round,
+        "base": m.base,
         "session": m.session,
         "sites": m.sites,
         "adverts": {site: [a.text, a.signature.hex()] for site, a in m.adverts.items()},
@@ -75,10 +85,10 @@ def keep_masked(folder: RunFolder, masked: MaskedSum) -> None:
     )
 
 
-def kept_masked(folder: RunFolder, number: int) -> MaskedSum | None:
+def kept_masked(folder: RunFolder, number: int, base: str) -> MaskedSum | None:
     """Raises BadWeights: the file is damaged."""
     about = _about(folder.masked_sum)
-    if about.get("round") != number:
+    if (about.get("round"), about.get("base")) != (number, base):
         return None
     try:
         with safe_open(folder.masked_sum, framework="np") as file:
@@ -88,6 +98,7 @@ def kept_masked(folder: RunFolder, number: int) -> MaskedSum | None:
     contributions, spent, statements = _typed(about)
     return MaskedSum(
         number,
+        base,
         about["session"],
         about["sites"],
         {site: Advert(text, bytes.fromhex(s)) for site, (text, s) in about["adverts"].items()},
@@ -102,15 +113,19 @@ def kept_masked(folder: RunFolder, number: int) -> MaskedSum | None:
 
 def keep_mean(folder: RunFolder, number: int, mean: Weights, masked: MaskedSum) -> None:
     """Raises OSError."""
-    about = {"round": number, **_plain(masked.contributions, masked.spent, masked.statements)}
+    about = {
+        "round": number,
+        "base": masked.base,
+        **_plain(masked.contributions, masked.spent, masked.statements),
+    }
     save_weights(folder.secure_sum, mean, about)
     folder.masked_sum.unlink(missing_ok=True)
 
 
-def kept_mean(folder: RunFolder, number: int) -> Gathered | None:
+def kept_mean(folder: RunFolder, number: int, base: str) -> Gathered | None:
     """Raises BadWeights: the file is damaged."""
     about = _about(folder.secure_sum)
-    if about.get("round") != number:
+    if (about.get("round"), about.get("base")) != (number, base):
         return None
     weights, _ = load_weights(folder.secure_sum)
     contributions, spent, statements = _typed(about)

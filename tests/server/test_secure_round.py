@@ -561,3 +561,13 @@ def test_what_a_site_keeps_afterwards_tells_no_other_secret(tmp_path: Path) -> N
 def state_of(grid: Hospitals, node: int) -> dict[str, Any]:
     path = grid.sites[node].folder / "secure" / "f0" / "session.json"
     return json.loads(path.read_text())
+
+
+def test_a_kept_sum_of_another_model_is_not_taken(tmp_path: Path) -> None:
+    """As after a run folder was restored in part: its changes are none of this model."""
+    grid = federation(tmp_path, 4)
+    assert gather(grid, tmp_path).weights is not None
+    folder, config = RunFolder(tmp_path / "run"), grid.sites[0].config
+    other = task_of({n: w + 1 for n, w in model().items()})
+    assert gather_secure_sum(grid, config, folder, roll_of(grid), other).weights is None  # type: ignore[arg-type]
+    assert "for another task" in grid.said[TRAIN, 0]
