@@ -67,7 +67,15 @@ from server.exchange import BudgetSpent, addressed, answers, refused_by_policy
 from server.history import TRAINING, Contribution, GivenStatement
 from server.replies import refuse_trained
 from server.roll_call import Roll
-from server.secure_state import MaskedSum, forget, keep_masked, keep_mean, kept_masked, kept_mean
+from server.secure_state import (
+    MaskedSum,
+    base_of,
+    forget,
+    keep_masked,
+    keep_mean,
+    kept_masked,
+    kept_mean,
+)
 from server.updates import Gathered, roster_size, sites_needed
 
 LOG = logging.getLogger("fedbrats")
