@@ -158,7 +158,7 @@ CONSENT SHEET of federation "{c.name}" ({terms.federation}) for {invitation.site
                 {c.held_out_fraction:.0%} of the subjects are held out and only measured on
 
   What leaves this building, and nothing else:
-{_leaving(settings, updates, subjects)}
+{_leaving(settings, updates, subjects, secure=c.secure_aggregation)}
   For each round at most 10 updates and 10 sets of means, should connections break; no update for an
   earlier round than the last.
   What stays: every scan, segmentation and subject id{_single(settings.policy)}.
@@ -181,7 +181,7 @@ def _round(privacy: PrivacyBudget | None, config: FederationConfig) -> str:
     return f"{many(config.training.epochs, 'epoch')} over this site's training subjects"
 
 
-def _leaving(settings: SiteConfig, updates: str, subjects: str) -> str:
+def _leaving(settings: SiteConfig, updates: str, subjects: str, *, secure: bool) -> str:
     """Weights and numbers, as the site's policy lets them."""
     policy, privacy = settings.policy, settings.privacy
     update = f"after each round, {updates}"
@@ -191,7 +191,7 @@ def _leaving(settings: SiteConfig, updates: str, subjects: str) -> str:
         update,
         name_in_words(policy),
         f"the numbers of its {subjects} subjects",
-        training_in_words(policy, privacy),
+        training_in_words(policy, privacy, secure=secure),
         metrics_in_words(policy, privacy),
         STATEMENT if privacy is None else PRIVATE_STATEMENT,
         *ALWAYS,

@@ -123,12 +123,18 @@ def name_in_words(policy: Policy) -> str:
     return "this site's name, for the coordinator only: other sites read `another site` (show_name)"
 
 
-def training_in_words(policy: Policy, privacy: PrivacyBudget | None) -> str:
+def training_in_words(
+    policy: Policy, privacy: PrivacyBudget | None, *, secure: bool | None = None
+) -> str:
+    """`secure`: with secure aggregation or without; None: whichever a federation has."""
     if privacy is not None:
         return "no loss, time or throughput of training, for they depend on the patients"
     if not policy.training_numbers:
         return "no loss, time or throughput of training (training_numbers)"
-    return f"the mean training loss, seconds and throughput of each round{_rounded(policy)}"
+    if secure:  # seconds and throughput together tell the number of subjects
+        return f"the mean training loss and seconds of each round{_rounded(policy)}"
+    hidden = "" if secure is False else " (not with secure aggregation)"
+    return f"the mean training loss, seconds and throughput{hidden} of each round{_rounded(policy)}"
 
 
 def metrics_in_words(policy: Policy, privacy: PrivacyBudget | None) -> str:

@@ -37,11 +37,12 @@ from client.outbound import CARD, ERROR, UPDATE, departures
 from client.outbound import METRICS as METRICS_SENT
 from client.site_config import PrivacyBudget, load_site_config
 from client.system_noise import SOURCE
+from common.audit_log import LogError, verified
 from common.code_hash import code_hash
 from common.console import many
 from common.files import lock_holder
 from common.invitation import BadInvitation, read_invitation
-from common.keys import read_public_key
+from common.keys import BadKey, read_public_key
 from common.messages import EXACT, NOISED, WITHHELD
 from common.progress import track
 from common.statement import BadStatement, Statement, read_statement
@@ -148,6 +149,10 @@ def _gathered(hospital: HospitalFolder) -> _Sources:
             address = read_invitation(hospital.invitation).address
         except BadInvitation as error:
             warnings.append(f"The invitation cannot be read: {error}")
+    try:
+        verified(hospital.audit)
+    except (LogError, BadKey) as error:
+        warnings.append(f"What left is counted from an audit log that is not whole: {error}")
     prepared = _prepared(hospital)
     # an anchor is not made here: only what pays for a round vouches for a ledger
     anchor = anchor_in(hospital.state)

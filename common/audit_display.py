@@ -128,12 +128,16 @@ def _print(document: dict[str, Any]) -> None:
 
 
 def show(log: AuditLog, last: int | None) -> None:
-    """A table of what happened, newest last; says nothing about whether it was changed."""
+    """A table of what happened, newest last.
+
+    Raises:
+        LogError: after the table, if the log was changed, cut off or damaged.
+    """
     from rich.box import ASCII2, ROUNDED
     from rich.table import Table
     from rich.text import Text
 
-    from common.audit_log import told
+    from common.audit_log import told, verified
 
     entries = list(told(log))
     console = standard_output()
@@ -145,6 +149,7 @@ def show(log: AuditLog, last: int | None) -> None:
         details = Text(plain(in_words(entry), CELL))
         table.add_row(str(entry.number), when, Text(plain(entry.kind)), details)
     console.print(table)
+    verified(log)
 
 
 def in_words(entry: Entry) -> str:

@@ -193,6 +193,9 @@ def _explained(error: ValidationError, model: type[BaseModel]) -> list[str]:
         while len(location) > 1 and location[-1] not in _field_names(model, location[:-1]):
             location.pop()  # a position in a list, or pydantic's name for one of several forms
         message = WORDS.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+        if not location:  # two keys that do not go together: the message names them
+            unknown.append(message)
+            continue
         wrong.setdefault(".".join(location), {}).setdefault(message, problem["input"])
     return unknown + [
         f"`{key}`: {', or '.join(messages)} (found {next(iter(messages.values()))!r})"

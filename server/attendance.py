@@ -219,13 +219,13 @@ class Attendance:
 
 
 def _needed(roll: Roll, config: FederationConfig) -> int:
-    """How many sites have to train. A site that refuses by its own policy is asked again before each
-    round, and not waited for where all sites are needed."""
+    """How many sites have to train: never fewer than a model can be made of. A site that refuses by
+    its own policy is asked again before each round, and not waited for where all sites are needed."""
+    fewest = fewest_to_aggregate(config, roll)
     if config.rounds.min_sites:
-        return config.rounds.min_sites
+        return max(config.rounds.min_sites, fewest)
     needed = len(roll.training) + len(roll.absent)
-    refused = refused_by_policy(roll.absent.values())
-    return max(needed - refused, fewest_to_aggregate(config, roll)) if refused else needed
+    return max(needed - refused_by_policy(roll.absent.values()), fewest)
 
 
 def _is_awaited(roll: Roll) -> bool:

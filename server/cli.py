@@ -95,6 +95,11 @@ def init(
         f"A round needs {config.rounds.min_sites} good replies (rounds.min_sites): set it when you "
         "know how many hospitals train."
     )
+    if config.secure_aggregation:
+        print(
+            "With secure_aggregation it needs more than two thirds of all admitted hospitals too, and "
+            "three at least."
+        )
     print(
         f"Next: look through {made.config}, then enrol each hospital by the site.pub that it sends:"
     )

@@ -133,6 +133,10 @@ def export_model(
     return model, text
 
 
+def _number_told(number: int | None) -> str:
+    return "hidden" if number is None else str(number)
+
+
 def _how_chosen(records: Sequence[RoundRecord], names: Mapping[str, str]) -> str:
     if not any(record.metrics for record in records):
         return "This is the last round's model, chosen by nobody: no site releases its metrics."
@@ -181,7 +185,7 @@ def _how_private(sites: Sequence[Mapping[str, Any]]) -> str:
 
 def _as_text(card: dict[str, Any]) -> str:
     rows = "\n".join(
-        f"| {s['site']} | {s['training_subjects']} | {s['held_out_subjects']} | "
+        f"| {s['site']} | {_number_told(s['training_subjects'])} | {s['held_out_subjects']} | "
         f"{len(s['rounds'])} | {_shown(card['mean_dice'].get(s['site']))} |"
         for s in card["sites"]
     )

@@ -279,4 +279,8 @@ def test_fingerprint_is_of_values_and_not_of_how_they_are_written(tmp_path):
 def test_what_compares_updates_is_refused_with_secure_aggregation(way):
     with pytest.raises(ConfigError, match="hides from the server"):
         load_config(assign=["secure_aggregation=true", f"rounds.aggregation={way}"])
+    with pytest.raises(ConfigError) as caught:
+        load_config(assign=["secure_aggregation=true", f"rounds.aggregation={way}"])
+    assert len(str(caught.value)) < 300, "not the whole configuration"
+    assert "``" not in str(caught.value)
     assert load_config(assign=["secure_aggregation=true"]).secure_aggregation

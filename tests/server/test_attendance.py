@@ -325,6 +325,14 @@ def test_when_too_few_are_left_for_a_sum_nobody_is_waited_for(make, history):
     assert (roll.training, list(roll.resting)) == (["a", "b"], ["c"])
 
 
+def test_sites_are_waited_for_until_a_sum_can_be_made(make, history):
+    """`rounds.min_sites` is 2, and secure aggregation needs three of three."""
+    sites, attend = make("secure_aggregation=true", "server.wait_minutes=1")
+    sites.come("a", "b")
+    assert "2 of 3 needed sites came" in failed(attend, history)
+    assert sites.now > 59
+
+
 def test_who_waits_for_sites_that_train_is_told_who_rests(make, history):
     sites, attend = make("rounds.min_sites=2", "server.wait_minutes=1")
     sites.enrolled[:] = ["a", "b"]
@@ -352,7 +360,7 @@ def test_a_site_whose_failure_stopped_a_round_is_asked_again_before_it_is_tried_
 def test_without_any_site_there_is_no_round(make, history):
     sites, attend = make("rounds.min_sites=null")
     sites.enrolled.clear()
-    assert "0 of 0 needed sites" in failed(attend, history)
+    assert "0 of 1 needed sites" in failed(attend, history)
 
 
 # ------------------------------------------------------------------------- coming and going
