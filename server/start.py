@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import resource
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -253,14 +254,24 @@ def _write_results(run: RunFolder) -> Verdict:
 
 @contextmanager
 def _stopping() -> Iterator[None]:
-    """SIGTERM and Ctrl-C end the block by `Stopped`; what is recorded stays."""
+    """SIGTERM and Ctrl-C end the block by `Stopped`; what is recorded stays.
+
+    A library written in another language may catch it and raise an error of its own instead.
+    """
+    text = "stopped; the same command continues after the last complete round."
+    asked = threading.Event()
 
     def stop(*_: Any) -> None:
-        raise Stopped("stopped; the same command continues after the last complete round.")
+        asked.set()
+        raise Stopped(text)
 
     before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
+    except Exception as error:
+        if asked.is_set():
+            raise Stopped(text) from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -28,6 +28,7 @@ from client.hospital import HospitalFolder, init_hospital
 from client.outbound import departures
 from client.policy import FAMILIES, Policy
 from client.site_config import SiteConfig, load_site_config
+from common.audit_log import append
 from common.code_hash import ROOT
 from common.config import FederationConfig
 from common.config_file import commented
@@ -217,7 +218,9 @@ class Federation:
     def admit(self, site: str) -> None:
         """As `fed-server admit`."""
         key = read_public_key(self.hospitals[site].public_key).key
-        enrolment.admit(self.coordinator.enrolled, site, key)
+        enrolled = enrolment.admit(self.coordinator.enrolled, site, key)
+        told = {"site": site, "key": enrolled.fingerprint, "replace": False}
+        append(self.coordinator.audit, "admitted", told)
         self.invite(site)
 
     def invite(self, site: str, **changes: str) -> None:

@@ -153,7 +153,7 @@ def test_sites_may_vanish_at_every_stage_of_one_round(tmp_path: Path, sites: int
 
 
 @pytest.mark.parametrize("stage", [SHARES, MASKED, AGREE, UNMASK])
-@pytest.mark.parametrize("sites", SIZES)
+@pytest.mark.parametrize("sites", [3, 10])
 def test_one_more_than_promised_fails_the_round_and_nothing_is_unmasked(
     tmp_path: Path, sites: int, stage: str
 ) -> None:
