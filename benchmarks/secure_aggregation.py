@@ -36,13 +36,7 @@ from flwr.server.workflow import SecAggPlusWorkflow
 from flwr.server.workflow.constant import MAIN_CONFIGS_RECORD, MAIN_PARAMS_RECORD, Key
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.secure_round import (
-    answer_adverts,
-    answer_agreement,
-    answer_sealed,
-    answer_survivors,
-    answer_task,
-)
+from client.secure_round import answer_stage, answer_task
 from client.site import Site
 from common.config import FederationConfig, Rounds
 from common.keys import fingerprint, new_private_key, save_private_key
@@ -56,22 +50,7 @@ from common.messages import (
     unpack_site_update,
     unpack_train_task,
 )
-from common.secure_messages import (
-    AGREE,
-    MASKED,
-    SHARES,
-    UNMASK,
-    pack_agreed,
-    pack_masked,
-    pack_revealed,
-    pack_sealed,
-    pack_trained,
-    session_of,
-    unpack_adverts,
-    unpack_agreement,
-    unpack_sealed,
-    unpack_survivors,
-)
+from common.secure_messages import AGREE, MASKED, STAGES, UNMASK, pack_trained, session_of
 from common.weights import Weights
 from server.average import add, mean
 from server.checkpoint import RunFolder
@@ -160,14 +139,8 @@ def ours(base: Weights, parts: Parts, gone: int, folder: Path) -> tuple[Weights,
         if node < gone and stage in (MASKED, AGREE, UNMASK):
             return None
         site = sites[node]
-        if stage == SHARES:
-            return pack_sealed(answer_adverts(site, unpack_adverts(content)))
-        if stage == MASKED:
-            return pack_masked(answer_sealed(site, unpack_sealed(content)))
-        if stage == AGREE:
-            return pack_agreed(answer_survivors(site, unpack_survivors(content)))
-        if stage == UNMASK:
-            return pack_revealed(answer_agreement(site, unpack_agreement(content)))
+        if stage in STAGES:
+            return answer_stage(site, stage, content)
         session = session_of(content)
         assert session is not None
         n, weights = parts[node]

@@ -28,14 +28,7 @@ from client.evaluation import evaluate
 from client.ledger import LedgerError
 from client.privacy import NotProtectable
 from client.private_answers import private_report, private_update
-from client.secure_round import (
-    RoundRefused,
-    answer_adverts,
-    answer_agreement,
-    answer_sealed,
-    answer_survivors,
-    answer_task,
-)
+from client.secure_round import RoundRefused, answer_stage, answer_task
 from client.site import Site, load_site
 from client.training import TrainingDiverged, train
 from common.config import FederationConfig
@@ -58,23 +51,7 @@ from common.messages import (
 )
 from common.metrics import summarise
 from common.model import network_for
-from common.secure_messages import (
-    AGREE,
-    MASKED,
-    SHARES,
-    UNMASK,
-    action_of,
-    pack_agreed,
-    pack_masked,
-    pack_revealed,
-    pack_sealed,
-    pack_trained,
-    session_of,
-    unpack_adverts,
-    unpack_agreement,
-    unpack_sealed,
-    unpack_survivors,
-)
+from common.secure_messages import STAGES, action_of, pack_trained, session_of
 from common.statement import Signed
 from common.weights import BadWeights, check_update, weights_of
 from sites.cache import CacheError
@@ -178,34 +155,13 @@ def answer_train(message: Message, context: Context) -> Message:
     return _reply(message, pack_site_update(update(), since))
 
 
-@app.train(action_of(SHARES))
-@answering
-def answer_shares(message: Message, context: Context) -> Message:
-    site = _site(context)
-    return _reply(message, pack_sealed(answer_adverts(site, unpack_adverts(message.content))))
+for _stage in STAGES:
 
-
-@app.train(action_of(MASKED))
-@answering
-def answer_masked(message: Message, context: Context) -> Message:
-    site = _site(context)
-    return _reply(message, pack_masked(answer_sealed(site, unpack_sealed(message.content))))
-
-
-@app.train(action_of(AGREE))
-@answering
-def answer_agree(message: Message, context: Context) -> Message:
-    site = _site(context)
-    agreed = answer_survivors(site, unpack_survivors(message.content))
-    return _reply(message, pack_agreed(agreed))
-
-
-@app.train(action_of(UNMASK))
-@answering
-def answer_unmask(message: Message, context: Context) -> Message:
-    site = _site(context)
-    revealed = answer_agreement(site, unpack_agreement(message.content))
-    return _reply(message, pack_revealed(revealed))
+    @app.train(action_of(_stage))
+    @answering
+    def answer_later_stage(message: Message, context: Context) -> Message:
+        stage = message.metadata.message_type
+        return _reply(message, answer_stage(_site(context), stage, message.content))
 
 
 @app.evaluate()

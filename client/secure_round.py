@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import RecordDict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -51,6 +52,10 @@ from common.masking import (
 )
 from common.messages import SiteUpdate, TrainTask
 from common.secure_messages import (
+    AGREE,
+    MASKED,
+    SHARES,
+    UNMASK,
     Adverts,
     Agreed,
     Agreement,
@@ -61,6 +66,14 @@ from common.secure_messages import (
     Stage,
     Survivors,
     Trained,
+    pack_agreed,
+    pack_masked,
+    pack_revealed,
+    pack_sealed,
+    unpack_adverts,
+    unpack_agreement,
+    unpack_sealed,
+    unpack_survivors,
 )
 from common.statement import Signed
 from common.weights import relative_change
@@ -307,6 +320,26 @@ def answer_agreement(site: Site, stage: Agreement) -> Revealed:
         files.vector.unlink(missing_ok=True)
     revealed = {name: bytes.fromhex(share) for name, share in state["revealed"].items()}
     return Revealed(stage.round, stage.session, revealed)
+
+
+ANSWERS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., RecordDict]]] = {
+    # how a stage's question is read, answered, and its answer written
+    SHARES: (unpack_adverts, answer_adverts, pack_sealed),
+    MASKED: (unpack_sealed, answer_sealed, pack_masked),
+    AGREE: (unpack_survivors, answer_survivors, pack_agreed),
+    UNMASK: (unpack_agreement, answer_agreement, pack_revealed),
+}
+
+
+def answer_stage(site: Site, stage: str, content: RecordDict) -> RecordDict:
+    """The answer to a message of a stage after the training.
+
+    Raises:
+        RoundRefused, BadRound
+        BadMessage: it has not the agreed form.
+    """
+    unpack, answer, pack = ANSWERS[stage]
+    return pack(answer(site, unpack(content)))
 
 
 def _train(

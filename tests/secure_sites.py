@@ -17,35 +17,13 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.app.error import Error
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.secure_round import (
-    RoundRefused,
-    answer_adverts,
-    answer_agreement,
-    answer_sealed,
-    answer_survivors,
-    answer_task,
-)
+from client.secure_round import RoundRefused, answer_stage, answer_task
 from client.site import Site
 from common.config import FederationConfig, Rounds
 from common.keys import fingerprint, new_private_key, save_private_key
 from common.masking import BadRound
 from common.messages import SiteCard, SiteUpdate, TrainTask, task_hash, unpack_train_task
-from common.secure_messages import (
-    AGREE,
-    MASKED,
-    SHARES,
-    UNMASK,
-    pack_agreed,
-    pack_masked,
-    pack_revealed,
-    pack_sealed,
-    pack_trained,
-    session_of,
-    unpack_adverts,
-    unpack_agreement,
-    unpack_sealed,
-    unpack_survivors,
-)
+from common.secure_messages import STAGES, pack_trained, session_of
 from common.weights import Weights
 from server.roll_call import Roll
 
@@ -138,14 +116,8 @@ class Hospitals:
 
     def answer(self, stage: str, node: int, content: RecordDict) -> RecordDict:
         site, (n, weights) = self.sites[node], self.parts[node]
-        if stage == SHARES:
-            return pack_sealed(answer_adverts(site, unpack_adverts(content)))
-        if stage == MASKED:
-            return pack_masked(answer_sealed(site, unpack_sealed(content)))
-        if stage == AGREE:
-            return pack_agreed(answer_survivors(site, unpack_survivors(content)))
-        if stage == UNMASK:
-            return pack_revealed(answer_agreement(site, unpack_agreement(content)))
+        if stage in STAGES:
+            return answer_stage(site, stage, content)
         task = unpack_train_task(content)
         session = session_of(content)
         assert session is not None
