@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from Crypto.Protocol.SecretSharing import Shamir
-from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -33,6 +33,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from common.config import FederationConfig
 from common.keys import BadKey, fingerprint, parse_public_key, public_line
+from common.statement import Signed, is_signed_by, sign
 
 FEWEST_SITES = 3  # in a sum: with two, each would know the other's update
 PRESENT, SURVIVORS = "present", "survivors"  # lists that sites agree on: masked towards, in the sum
@@ -141,7 +142,7 @@ def advertise(about: About, secrets: RoundSecrets, key: ec.EllipticCurvePrivateK
         "seed_hash": hashlib.sha256(secrets.seed).hexdigest(),
     }
     text = json.dumps(document, sort_keys=True)
-    return Advert(text, key.sign(text.encode(), ec.ECDSA(hashes.SHA384())))
+    return Advert(text, sign(text, key))
 
 
 def check_advert(
@@ -164,10 +165,8 @@ def check_advert(
     site = fingerprint(key)
     if roster is not None and site not in roster:
         raise BadRound(f"{site} is not among the sites that were accepted.")
-    try:
-        key.verify(advert.signature, advert.text.encode(), ec.ECDSA(hashes.SHA384()))
-    except InvalidSignature as error:
-        raise BadRound(f"the keys said to be those of {site} are not signed by it.") from error
+    if not is_signed_by(Signed(advert.text, advert.signature), key):
+        raise BadRound(f"the keys said to be those of {site} are not signed by it.")
     try:
         keys = {n: bytes.fromhex(document.pop(n)) for n in KEYS}
         if any(len(key) != SECRET for key in keys.values()):
@@ -209,21 +208,17 @@ def sign_list(
     what: str, sites: Collection[str], context: bytes, key: ec.EllipticCurvePrivateKey
 ) -> bytes:
     """A site's word, for this round, that these are the sites that are `what` (PRESENT, SURVIVORS)."""
-    return key.sign(_list(what, sites, context), ec.ECDSA(hashes.SHA384()))
+    return sign(_list(what, sites, context), key)
 
 
 def has_signed_list(
     signature: bytes, what: str, sites: Collection[str], context: bytes, member: Member
 ) -> bool:
-    try:
-        member.key.verify(signature, _list(what, sites, context), ec.ECDSA(hashes.SHA384()))
-    except InvalidSignature:
-        return False
-    return True
+    return is_signed_by(Signed(_list(what, sites, context), signature), member.key)
 
 
-def _list(what: str, sites: Collection[str], context: bytes) -> bytes:
-    return json.dumps(["fedbrats", what, context.hex(), sorted(sites)]).encode()
+def _list(what: str, sites: Collection[str], context: bytes) -> str:
+    return json.dumps(["fedbrats", what, context.hex(), sorted(sites)])
 
 
 # ---------------------------------------------------------------------------------------- masks
