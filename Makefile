@@ -4,14 +4,14 @@ VENV   ?= .venv
 DEMO   ?= demo
 BIN    := $(VENV)/bin
 
-.PHONY: demo test bench check install clean
+.PHONY: demo test bench check install chromium clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fed-sim phantom $(DEMO)/data --sites 6 --subjects 16 --grid 80 80 52
 	$(BIN)/fed-sim run $(DEMO)/data --out $(DEMO)/run --preset quick
 	@echo 'Look again: $(BIN)/fed-sim results $(DEMO)/run'
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-dev chromium
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -32,8 +32,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray,dicom,tensorboard,mlflow]'
 	touch $@
+
+# The pages are tested in Debian's Chromium. Who is not root installs it, or these tests are skipped.
+chromium:
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		get="apt-get install --yes --quiet --no-install-recommends chromium chromium-driver"; \
+		{ $$get || { apt-get update --quiet && $$get; }; } >/dev/null; \
+	else echo "no chromium and chromedriver here: the tests of the pages will be skipped"; fi
 
 clean:
 	rm -rf $(VENV) $(DEMO) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
