@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import hmac
 import ipaddress
+import logging
 import secrets
 import socket
 import ssl
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+LOG = logging.getLogger("fedbrats")
 LOOPBACK = "127.0.0.1"
 SAME_PLACE = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -60,6 +63,10 @@ class Place:
         except ValueError:
             return False
 
+    @property
+    def scheme(self) -> str:
+        return "http" if self.certificate is None else "https"
+
 
 def new_token() -> str:
     return secrets.token_urlsafe(24)
@@ -86,10 +93,10 @@ class Guarded:
         self._cookie = f"fedbrats-{secrets.token_hex(4)}"  # cookies do not tell ports apart
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self._app(scope, receive, send)
         if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self._app(scope, receive, send)
-            return
+            return await send({"type": "websocket.close", "code": 1008})
         refusal = self._refusal(scope)
 
         async def with_headers(message: Message) -> None:
@@ -102,7 +109,12 @@ class Guarded:
                 headers.setdefault("Cache-Control", "no-store")
             await send(message)
 
-        await (refusal or self._app)(scope, receive, with_headers)
+        try:
+            await (refusal or self._app)(scope, receive, with_headers)
+        except Exception as defect:  # Starlette has answered 500; said as `common.console` says it
+            where = traceback.extract_tb(defect.__traceback__)[-1]
+            place = f"{type(defect).__name__} at {Path(where.filename).name}:{where.lineno}"
+            LOG.error(f"a page could not be shown ({place}); please report it")
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
@@ -110,25 +122,31 @@ class Guarded:
         # with a token that no foreign page has, the name does not matter
         if self._place.is_loopback and not _is_this_machine(host):
             return PlainTextResponse("This page is served to this machine only.\n", 403)
-        origin = headers.get("origin")
-        if scope["method"] not in ("GET", "HEAD") and origin is not None:
-            scheme = "http" if self._place.certificate is None else "https"
-            if origin != f"{scheme}://{host}":
-                return PlainTextResponse("Asked for by another page.\n", 403)
+        # of the same machine, too: cookies and names do not tell ports apart, browsers do here
+        if (
+            headers.get("sec-fetch-site") in ("cross-site", "same-site")
+            and headers.get("sec-fetch-mode") != "navigate"
+        ):
+            return PlainTextResponse("Asked for by another page.\n", 403)
+        origins = (None, f"{self._place.scheme}://{host}")  # what is no browser says none
+        if scope["method"] not in ("GET", "HEAD") and headers.get("origin") not in origins:
+            return PlainTextResponse("Asked for by another page.\n", 403)
         if self._place.token is None:
             return None
         if self._knows(cookie_parser(headers.get("cookie", "")).get(self._cookie, "")):
             return None
         query = parse_qs(scope["query_string"].decode("latin-1"))
         given = query.pop("token", [""])[0]
-        if scope["method"] == "GET" and self._knows(given):
+        if scope["method"] in ("GET", "HEAD") and self._knows(given):
             rest = urlencode(query, doseq=True)
-            answer = RedirectResponse(scope["path"] + (f"?{rest}" if rest else ""), 303)
+            path = "/" + scope["path"].lstrip("/\\")  # `//name` would be another server
+            answer = RedirectResponse(path + (f"?{rest}" if rest else ""), 303)
+            # lax: the address may be clicked in a mail or a terminal that is a page itself
             answer.set_cookie(
                 self._cookie,
                 given,
                 httponly=True,
-                samesite="strict",
+                samesite="lax",
                 secure=self._place.certificate is not None,
             )
             return answer
@@ -162,27 +180,36 @@ def serving(app: ASGIApp, place: Place, policy: str = SAME_PLACE) -> Iterator[st
             certificate cannot be used.
     """
     tls: dict[str, Any] = {}
-    if place.certificate is not None and place.key is not None:
+    if (place.certificate is None) != (place.key is None):
+        raise NotServed("TLS needs both a certificate and its key.")
+    if place.certificate is not None:
         try:
             context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            context.load_cert_chain(place.certificate, place.key)
-        except (OSError, ssl.SSLError) as error:
-            raise NotServed(f"{place.certificate} cannot be used ({error}).") from error
+            # the password keeps OpenSSL from asking for one on the terminal
+            context.load_cert_chain(place.certificate, place.key, password="")
+        except (OSError, ssl.SSLError, ValueError) as error:
+            raise NotServed(
+                f"{place.certificate} and {place.key} cannot be used ({error})."
+            ) from error
         tls = {"ssl_certfile": str(place.certificate), "ssl_keyfile": str(place.key)}
     try:
         family = socket.AF_INET6 if ":" in place.host else socket.AF_INET
         sock = socket.create_server((place.host, place.port), family=family)
     except OSError as error:
         raise NotServed(
-            f"Cannot serve a page on {place.host} port {place.port} ({error.strerror}). Choose "
-            "another --port; 0 takes a free one."
+            f"Cannot serve a page on {place.host} port {place.port} ({error.strerror or error}). "
+            "Choose another --port; 0 takes a free one."
         ) from error
+    # without a handler of its own, what it says of hasty browsers would go to standard error
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     config = uvicorn.Config(
         Guarded(app, place, policy),
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        ws="none",
         timeout_graceful_shutdown=1,
         **tls,
     )
@@ -202,6 +229,8 @@ def serving(app: ASGIApp, place: Place, policy: str = SAME_PLACE) -> Iterator[st
 
 
 def _address(place: Place, port: int) -> str:
-    scheme = "http" if place.certificate is None else "https"
-    host = f"[{place.host}]" if ":" in place.host else place.host
-    return f"{scheme}://{host}:{port}/" + (f"?token={place.token}" if place.token else "")
+    host = place.host
+    if host in ("0.0.0.0", "::"):  # every address of this machine, and no address itself
+        host = socket.gethostname()
+    host = f"[{host}]" if ":" in host else host
+    return f"{place.scheme}://{host}:{port}/" + (f"?token={place.token}" if place.token else "")
