@@ -202,7 +202,6 @@ def serving(app: ASGIApp, place: Place, policy: str = SAME_PLACE) -> Iterator[st
         ) from error
     # without a handler of its own, what it says of hasty browsers would go to standard error
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
-    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     config = uvicorn.Config(
         Guarded(app, place, policy),
         log_config=None,

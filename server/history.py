@@ -8,6 +8,7 @@ all the same.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
@@ -115,13 +116,23 @@ class RoundRecord:
 
 
 class History:
-    """The open database; use it as a context manager. Every method may raise HistoryError."""
+    """The open database; use it as a context manager. Every method may raise HistoryError.
 
-    def __init__(self, path: Path) -> None:
+    With `copied` it is a copy in memory, as the file is now, for who only looks on: the file is not
+    changed, and locked against its run's writing only for the milliseconds that copying takes.
+    """
+
+    def __init__(self, path: Path, *, copied: bool = False) -> None:
         self._path = path
         with self._in_words():
-            self._database = sqlite3.connect(path, timeout=60)
-            self._database.execute("PRAGMA synchronous = FULL")
+            if copied:
+                self._database = sqlite3.connect(":memory:")
+                uri = f"{path.absolute().as_uri()}?mode=ro"
+                with contextlib.closing(sqlite3.connect(uri, uri=True)) as file:
+                    file.backup(self._database)
+            else:
+                self._database = sqlite3.connect(path, timeout=60)
+                self._database.execute("PRAGMA synchronous = FULL")
             self._database.executescript(f"BEGIN; {SCHEMA} COMMIT;")
 
     def __enter__(self) -> History:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from common.console import FAILED, failing_in_words, standard_output, start_logging
+from server.dashboard_commands import PORT, dashboard_beside
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The coordinator's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
@@ -23,7 +24,15 @@ SHOWN = "state", "absent", "round", "loss", "dice", "iou", "seconds", "last_cont
 STOP_SECONDS = 20.0
 
 
-def start(folder: Folder) -> None:
+def start(
+    folder: Folder,
+    dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="Also serve a page of it, to this machine only.")
+    ] = False,
+    dashboard_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="TCP port of that page; 0 takes a free one.")
+    ] = PORT,
+) -> None:
     """Wait for the hospitals and train until every round is done; the same again continues.
 
     Exit code 0: complete, every round had the sites it needs. 1: it failed or was stopped; nothing
@@ -40,7 +49,8 @@ def start(folder: Folder) -> None:
 
         coordinator = load_coordinator(folder)
         try:
-            judged = serve(coordinator)
+            with dashboard_beside(folder, dashboard_port) if dashboard else nullcontext():
+                judged = serve(coordinator)
         except Stopped as stopped:
             print(f"fed-server: {stopped}", file=sys.stderr)
             raise typer.Exit(FAILED) from None

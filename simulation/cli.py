@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from common.console import failing_in_words, run_program, standard_output, start_logging
+from server.dashboard_commands import dashboard_of_run
 
 if TYPE_CHECKING:
     from simulation.run import Result
@@ -283,6 +284,9 @@ def show_config(preset: Preset = None, assign: Assign = None) -> None:
 
     with _failing_in_words():
         print(commented(load_config(preset=preset, assign=assign or ())), end="")
+
+
+app.command("dashboard")(dashboard_of_run)
 
 
 def main() -> None:
