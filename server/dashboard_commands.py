@@ -97,8 +97,12 @@ def _serve(path: Path, host: str, port: int, insecure: bool, open_browser: bool)
             import webbrowser
 
             webbrowser.open(address)
-        while True:
-            time.sleep(3600)
+        _wait_for_ever()
+
+
+def _wait_for_ever() -> None:
+    while True:
+        time.sleep(3600)
 
 
 @contextlib.contextmanager

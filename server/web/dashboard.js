@@ -239,7 +239,7 @@ class Chart {
       style: styleOf(index),
     }));
     const overall = this.overall().map(([name, values]) => ({ name, values, style: null }));
-    return [...overall, ...made].filter((line) => line.values?.some((value) => value !== null));
+    return [...made, ...overall].filter((line) => line.values?.some((value) => value !== null));
   }
 
   show() {
@@ -248,7 +248,7 @@ class Chart {
     if (!this.drawn.length) return;
     const title = typeof this.title === "function" ? this.title() : this.title;
     this.caption.textContent = title;
-    const newest = this.drawn.map((line) => `${line.name} ${number(last(line.values), this.digits)}`);
+    const newest = [...this.drawn].reverse().map((line) => `${line.name} ${number(last(line.values), this.digits)}`);
     this.box.setAttribute("aria-label",
       `${title}, rounds 1 to ${last(recorded.rounds)}. Last: ${newest.slice(0, 6).join(", ")}`);
     const data = [recorded.rounds, ...this.drawn.map((line) => line.values)];
@@ -300,7 +300,7 @@ class Chart {
     if (!this.plot) return;
     const index = this.plot.cursor.idx ?? recorded.rounds.length - 1;
     const focused = this.plot.series.findIndex((series, at) => at > 0 && series._focus);
-    const line = this.drawn[Math.max(focused - 1, 0)];
+    const line = focused > 0 ? this.drawn[focused - 1] : last(this.drawn); // what is over all sites
     this.readout.textContent =
       `round ${recorded.rounds[index]}: ${line.name} ${number(line.values[index], this.digits)}`;
   }
