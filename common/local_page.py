@@ -12,6 +12,7 @@ import contextlib
 import hmac
 import ipaddress
 import logging
+import os
 import secrets
 import socket
 import ssl
@@ -196,9 +197,11 @@ def serving(app: ASGIApp, place: Place, policy: str = SAME_PLACE) -> Iterator[st
         family = socket.AF_INET6 if ":" in place.host else socket.AF_INET
         sock = socket.create_server((place.host, place.port), family=family)
     except OSError as error:
+        known = error.errno is not None and error.errno > 0  # else of the look-up of a name
+        why = os.strerror(error.errno or 0) if known else error.strerror
         raise NotServed(
-            f"Cannot serve a page on {place.host} port {place.port} ({error.strerror or error}). "
-            "Choose another --port; 0 takes a free one."
+            f"Cannot serve a page on {place.host} port {place.port} ({why}). Choose "
+            "another --port; 0 takes a free one."
         ) from error
     # without a handler of its own, what it says of hasty browsers would go to standard error
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)

@@ -129,7 +129,7 @@ class History:
                 self._database = sqlite3.connect(":memory:")
                 uri = f"{path.absolute().as_uri()}?mode=ro"
                 with contextlib.closing(sqlite3.connect(uri, uri=True)) as file:
-                    file.backup(self._database)
+                    file.backup(self._database, sleep=0.02)
             else:
                 self._database = sqlite3.connect(path, timeout=60)
                 self._database.execute("PRAGMA synchronous = FULL")
