@@ -22,7 +22,7 @@ from common.console import (
     standard_output,
     start_logging,
 )
-from server import audit_commands, dashboard_commands, running
+from server import audit_commands, dashboard_commands, running, tracking_commands
 
 app = typer.Typer(
     help="What the coordinator runs: make a federation and enrol its hospitals.",
@@ -323,6 +323,7 @@ def privacy_report(
 for command in (running.start, running.status, running.stop, running.export):
     app.command()(command)
 app.command("dashboard")(dashboard_commands.dashboard_of_coordinator)
+app.command("track")(tracking_commands.track_coordinator)
 app.add_typer(audit_commands.app, name="audit")
 
 

@@ -119,7 +119,7 @@ def _sites(
     contributed: Mapping[str, Sequence[int]],
 ) -> dict[str, Document]:
     cards = {card.site: card for card in history.sites()}
-    stated = _statements(given)
+    stated = statements_with_epsilon(given)
     names = {*cards, *contributed, *stated}
     names |= {site for r in records for site in (*r.metrics, *(c.site for c in r.contributions))}
     found = {}
@@ -150,7 +150,9 @@ def _sites(
     return found
 
 
-def _statements(given: Sequence[GivenStatement]) -> dict[str, dict[tuple[int, str], Statement]]:
+def statements_with_epsilon(
+    given: Sequence[GivenStatement],
+) -> dict[str, dict[tuple[int, str], Statement]]:
     """By site, then round and stage; those with an epsilon."""
     found: dict[str, dict[tuple[int, str], Statement]] = {}
     for one in given:

@@ -18,6 +18,7 @@ import typer
 
 from common.console import failing_in_words, run_program, standard_output, start_logging
 from server.dashboard_commands import dashboard_of_run
+from server.tracking_commands import track_run
 
 if TYPE_CHECKING:
     from simulation.run import Result
@@ -287,6 +288,7 @@ def show_config(preset: Preset = None, assign: Assign = None) -> None:
 
 
 app.command("dashboard")(dashboard_of_run)
+app.command("track")(track_run)
 
 
 def main() -> None:
