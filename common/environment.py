@@ -8,6 +8,8 @@ SILENT = {  # nothing phones home, whatever the environment said before
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
 }
 # OpenMP's threads wait for each other by spinning. Where another program wants the same cores, long
 # spinning made a training step up to 3 times slower (docs/measurements.md); a user's own value wins.

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from common.config_file import ConfigError, load_config
 from common.console import plain
+from common.environment import prepare_environment
 from common.files import locked
 from common.metrics import REGIONS, SiteMetrics, mean_dice
 from server.dashboard_state import Source, statements_with_epsilon
@@ -58,7 +59,10 @@ class Target(Protocol):
         """Look up what is there. Raises NotTracked if it is of another run."""
 
     def add(self, points: Iterable[Point]) -> int:
-        """Write those that are not there yet; returns how many."""
+        """Write those that are not there yet; returns how many. Raises NotTracked."""
+
+    def finish(self) -> None:
+        """Nothing will follow. Raises NotTracked."""
 
 
 @dataclass(frozen=True)
@@ -74,25 +78,37 @@ class Numbers:
 def track(source: Source, targets: Sequence[Target], *, follow: bool) -> dict[str, int]:
     """Copy what is new; with `follow` until the run is complete. How many numbers were added, by target.
 
+    A target that fails while it is followed, a server that is restarted, say, is tried again.
+
     Raises:
         NotTracked: no round is complete yet (without `follow`), or a target cannot be used.
         HistoryError: the run's history is damaged.
     """
     added = dict.fromkeys((target.name for target in targets), 0)
-    opened, seen = False, None
+    opened, seen, said = False, None, ""
     while True:
         stamp = _stamp(source.run.history)
-        if stamp != seen and stamp is not None:
-            numbers = numbers_of(source)
-            if numbers is not None:
-                for target in targets:
-                    if not opened:
-                        target.open(numbers.run, numbers.parameters)
+        numbers = numbers_of(source) if stamp not in (seen, None) else None
+        if numbers is not None and not opened:
+            for target in targets:
+                target.open(numbers.run, numbers.parameters)
+            opened = True
+        if numbers is not None:
+            failed = ""
+            for target in targets:
+                try:
                     added[target.name] += target.add(numbers.points)
-                opened = True
-                if numbers.complete:
-                    return added
-            seen = stamp
+                    if numbers.complete:
+                        target.finish()
+                except NotTracked as error:
+                    if not follow:
+                        raise
+                    failed = str(error)
+            if failed and failed != said:
+                LOG.warning(f"{failed} (tried again every {LOOK_SECONDS:g} s)")
+            if numbers.complete and not failed:
+                return added
+            said, seen = failed, None if failed else stamp
         if not follow:
             if not opened:
                 raise NotTracked(f"{source.path}: no round is complete yet.")
@@ -252,6 +268,9 @@ class TensorBoard:
             self._there |= {(folder, *point.place[1:]) for point in of_site}
         return sum(map(len, new.values()))
 
+    def finish(self) -> None:
+        """Event files have no end."""
+
     def _folder_of(self, site: str) -> Path:
         return self.folder / (name_there(site) if site != FEDERATION else "_federation")
 
@@ -284,9 +303,8 @@ class MLflow:
 
         Raises NotTracked, AlreadyInUse, OSError.
         """
-        os.environ.update(  # before its first import: nothing phones home
-            MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true", MLFLOW_LOGGING_LEVEL="WARNING"
-        )
+        prepare_environment()  # before its first import: nothing phones home
+        os.environ["MLFLOW_LOGGING_LEVEL"] = "WARNING"
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # its 7 take minutes
         _require("mlflow", "MLflow")
         if "://" in place:
@@ -340,6 +358,10 @@ class MLflow:
                 self._client.log_batch(self._run, metrics=part)
                 self._there |= {(metric.key, metric.step) for metric in part}
             return len(new)
+
+    def finish(self) -> None:
+        with _mlflow_in_words():
+            self._client.set_terminated(self._run)
 
     def _key(self, point: Point) -> str:
         return f"site/{name_there(point.site)}/{point.key}" if point.site else point.key
