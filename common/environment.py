@@ -8,6 +8,7 @@ SILENT = {  # nothing phones home, whatever the environment said before
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # MONAI imports mlflow wherever it is installed
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
 }

@@ -304,9 +304,9 @@ class MLflow:
         Raises NotTracked, AlreadyInUse, OSError.
         """
         prepare_environment()  # before its first import: nothing phones home
-        os.environ["MLFLOW_LOGGING_LEVEL"] = "WARNING"
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # its 7 take minutes
         _require("mlflow", "MLflow")
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
         if "://" in place:
             yield MLflow(place)
             return

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -136,10 +138,9 @@ def test_an_event_that_was_half_written_is_written_again(run, tmp_path):
 
 @needs_mlflow
 def test_mlflow_reads_back_every_number_once_also_after_a_kill(run, tmp_path, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
     place = tmp_path / "store"
-    with MLflow.at(str(place)):  # which imports it in silence
-        from mlflow.telemetry import get_telemetry_client
-        from mlflow.tracking import MlflowClient
     monkeypatch.setattr(tracking, "BATCH", 5)
     log_batch, calls = MlflowClient.log_batch, []
 
@@ -168,10 +169,24 @@ def test_mlflow_reads_back_every_number_once_also_after_a_kill(run, tmp_path, mo
         assert [m.value for m in history if m.step == point.round] == [point.value], key
     assert found.data.params["training.learning_rate"] == "0.02"
     assert found.info.status == "FINISHED"
-    assert get_telemetry_client() is None, "nothing phones home"
     assert client.list_artifacts(found.info.run_id) == []
     assert {p.name for p in place.iterdir()} == {"mlflow.db", tracking.LOCK}
     assert not Path("mlruns").exists()
+
+
+@needs_mlflow
+def test_mlflow_does_not_phone_home_whatever_the_environment_says():
+    program = (
+        "from common.environment import prepare_environment; prepare_environment()\n"
+        "import mlflow, mlflow.telemetry as t; print(t.get_telemetry_client())"
+    )
+    # which it takes for signs that it is tested itself
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "CI"))}
+    environment |= {"MLFLOW_DISABLE_TELEMETRY": "false", "DO_NOT_TRACK": "0"}
+    told = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert told.stdout.strip() == "None"
 
 
 @needs_mlflow
