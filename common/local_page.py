@@ -47,13 +47,15 @@ class NotServed(RuntimeError):
 @dataclass(frozen=True)
 class Place:
     """Where a page is served. `port` 0 takes a free one. `token` is None where nobody is asked for it;
-    `certificate` and `key` are the files of TLS, both or none."""
+    `certificate` and `key` are the files of TLS, both or none. `name` is what the printed address
+    calls this machine, where `host` is no name for it (every address) or not the certificate's."""
 
     host: str = LOOPBACK
     port: int = 0
     token: str | None = None
     certificate: Path | None = None
     key: Path | None = None
+    name: str | None = None
 
     @property
     def is_loopback(self) -> bool:
@@ -231,7 +233,7 @@ def serving(app: ASGIApp, place: Place, policy: str = SAME_PLACE) -> Iterator[st
 
 
 def _address(place: Place, port: int) -> str:
-    host = place.host
+    host = place.name or place.host
     if host in ("0.0.0.0", "::"):  # every address of this machine, and no address itself
         host = socket.gethostname()
     host = f"[{host}]" if ":" in host else host

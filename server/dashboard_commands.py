@@ -85,8 +85,11 @@ def _serve(path: Path, host: str, port: int, insecure: bool, open_browser: bool)
     if not place.is_loopback:
         source = Source(path)
         files = source.coordinator.server_certificate, source.coordinator.server_key
-        certificate, key = (None, None) if insecure or not source.is_coordinators else files
-        place = Place(host, port, new_token(), certificate, key)
+        place = Place(host, port, new_token())
+        if source.is_coordinators and not insecure:
+            from server.certificates import read_certificate
+
+            place = Place(host, port, place.token, *files, read_certificate(files[0]).hosts[0])
     require_safe(place, insecure=insecure)
     with contextlib.suppress(KeyboardInterrupt), serving_dashboard(path, place) as address:
         print(f"Dashboard of {path}: {address}", flush=True)
@@ -123,6 +126,7 @@ def dashboard_beside(path: Path, port: int) -> Iterator[None]:
 
 def _foreseen() -> tuple[type[Exception], ...]:
     from common.local_page import NotServed
+    from server.certificates import CertificateError
     from server.coordinator import CoordinatorError
 
-    return (CoordinatorError, NotServed)
+    return (CertificateError, CoordinatorError, NotServed)

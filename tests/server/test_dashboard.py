@@ -165,7 +165,7 @@ def test_others_are_served_over_tls_and_with_a_token_only(tmp_path, tiny_config,
                 connection.request("GET", f"/api/state{query}")
                 answer = connection.getresponse()
                 answer.read()
-                served.append((at.scheme, answer.status))
+                served.append((at.scheme, at.hostname, answer.status))
             yield address
 
     monkeypatch.setattr("server.dashboard.serving_dashboard", serving)
@@ -173,7 +173,7 @@ def test_others_are_served_over_tls_and_with_a_token_only(tmp_path, tiny_config,
     arguments = ["dashboard", str(folder.path), "--host", "0.0.0.0", "--port", "0"]
     result = CliRunner().invoke(server_cli, arguments)
     assert result.exit_code == 0, "Ctrl-C is how it ends"
-    assert served == [("https", 401), ("https", 303)]
+    assert served == [("https", "localhost", 401), ("https", "localhost", 303)]
     assert "?token=" in result.stdout
 
 
