@@ -213,8 +213,8 @@ def test_following_ends_with_the_run_and_outlives_a_target_that_fails(
     add, calls = TensorBoard.add, []
 
     def sometimes(self: TensorBoard, points: Any) -> int:
-        calls.append(1)
-        if len(calls) == 2:
+        calls.append(any(point.key.startswith("final/") for point in points))
+        if calls.count(True) == 1 and calls[-1]:
             raise NotTracked("it is away")
         return add(self, points)
 
