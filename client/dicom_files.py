@@ -77,10 +77,8 @@ def read_series(root: Path) -> list[Series]:
         if sop_class == _DIRECTORY or path.name.upper() == "DICOMDIR":
             continue
         if sop_class != MR_IMAGE and sop_class not in ENHANCED_MR_IMAGES:
-            kind = pydicom.uid.UID(sop_class).name if sop_class.startswith("1.2.840.10008.") else ""
-            raise DicomError(
-                f"{file} is no MR image but {kind or 'of an unknown kind'}; move it out of the folder."
-            )
+            kind = pydicom.uid.UID_dictionary.get(sop_class, ("of an unknown kind",))[0]
+            raise DicomError(f"{file} is no MR image but {kind}; move it out of the folder.")
         for what, keyword in (("patient", "PatientID"), ("study", "StudyInstanceUID")):
             value = text_of(header, keyword, file)
             known, where = first.setdefault(keyword, (value, path))

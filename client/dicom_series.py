@@ -9,7 +9,7 @@ series are refused with the file's name. Needs the extra `dicom`, except for `ho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from client.dicom_files import (
 from client.dicom_roles import choose
 from sites.subject import Subject
 
-__all__ = ["DicomError", "Series", "find_series", "holds_dicom", "subject_from_dicom"]
+__all__ = ["DicomError", "Series", "find_series", "holds_dicom", "subject_from_dicom", "subject_of"]
 
 SUBJECT_ID = "dicom"  # says nothing about the patient
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -61,10 +61,15 @@ def subject_from_dicom(folder: Path, work: Path, modalities: Sequence[str]) -> S
         DicomError: a series cannot be used, with the file and what to do.
         OSError: `work` cannot be written.
     """
+    return subject_of(find_series(folder, modalities), work)
+
+
+def subject_of(series: Mapping[str, Series], work: Path) -> Subject:
+    """`subject_from_dicom` for series that `find_series` has found."""
     images = {}
-    for modality, series in find_series(folder, modalities).items():
+    for modality, one in series.items():
         images[modality] = work / f"{SUBJECT_ID}_{modality}.nii.gz"
-        nibabel.save(_as_nifti(read_volume(series)), images[modality])
+        nibabel.save(_as_nifti(read_volume(one)), images[modality])
     return Subject(SUBJECT_ID, work, images, None)
 
 
@@ -163,9 +168,10 @@ def _check_pixels(series: Series, pydicom: Any) -> None:
         if text_of(header, "SamplesPerPixel", name) not in ("", "1"):
             raise DicomError(f"{name} is a colour image; give the original MR series.")
         syntax = text_of(header.file_meta, "TransferSyntaxUID", name)
-        if not syntax:
-            raise DicomError(f"{name} names no transfer syntax; {_AGAIN}.")
-        uid = pydicom.uid.UID(syntax)
+        with quiet():
+            uid = pydicom.uid.UID(syntax)
+        if not uid.is_transfer_syntax:
+            raise DicomError(f"{name} names no transfer syntax that is known; {_AGAIN}.")
         if not uid.is_compressed:
             continue
         try:
@@ -175,7 +181,8 @@ def _check_pixels(series: Series, pydicom: Any) -> None:
         if not available:
             raise DicomError(
                 f"{name} is compressed ({uid.name}) and no decoder for it is installed; export the "
-                "series uncompressed, or decompress it (dcmdjpeg, dcmdjpls, gdcmconv --raw)."
+                "series uncompressed, decompress it (dcmdjpeg, gdcmconv --raw), or for JPEG "
+                "Lossless: pip install pylibjpeg pylibjpeg-libjpeg."
             )
 
 
