@@ -50,7 +50,7 @@ def write_dicom_seg(
         labels: system labels 0..3 (X, Y, Z), axes in any order and direction.
         affine: 4x4, voxel -> RAS mm; voxels must be the source's own, turned or cropped at most.
         source: the series shown with the segmentation, FLAIR or T1ce say (`find_series`).
-        out: written whole or not at all. Holds patient data.
+        out: written whole or not at all. Holds patient data, so only its owner can read it.
         model: the model's name, for the algorithm's identification.
 
     Raises:
@@ -78,7 +78,7 @@ def write_dicom_seg(
     try:
         with quiet():
             segmentation = _segmentation(matched, source, model)
-            write_atomically(out, lambda temporary: segmentation.save_as(temporary))
+            write_atomically(out, lambda file: segmentation.save_as(file), private=True)
     except OSError:
         raise
     except Exception as problem:  # its text can hold the patient's data
