@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from common.console import failing_in_words, run_program, standard_output, start_logging
+from simulation import evaluation_commands
 
 if TYPE_CHECKING:
     from simulation.run import Result
@@ -27,6 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(evaluation_commands.evaluate)
 FAILED = 1  # exit code
 
 Data = Annotated[Path, typer.Argument(help="Folder in BraTS layout.")]
