@@ -4,7 +4,8 @@
 subject with a trained model; `client.evaluation_commands` has `evaluate`; `client.enrol` has `init` and
 `rotate-key`, `client.membership` has `join`, `review`, `status` and `leave`, `client.privacy_commands`
 has `privacy-plan`, `privacy-report` and `privacy-ledger`, `client.audit_commands` has `audit`,
-`client.policy_commands` has `policy explain`. Heavy imports happen inside the commands, so that `--help` answers at once.
+`client.policy_commands` has `policy explain`.
+Heavy imports happen inside the commands, so that `--help` answers at once.
 """
 
 from __future__ import annotations

@@ -29,15 +29,11 @@ def evaluation_tables(document: Mapping[str, Any]) -> Group:
     return Group(
         f"Dice on {_subjects_of(document)}, mean and {share} interval",
         _table(sites, totals, [("Dice", "dice", 3, True)], n),
-        "Distances in mm and lesion-wise scores (BraTS 2023), means",
+        "HD95 in mm and lesion-wise Dice (BraTS 2023), means",
         _table(
             sites,
             totals,
-            [
-                ("HD95", "hd95", 1, False),
-                ("lesion Dice", "lesion_dice", 3, False),
-                ("lesion HD95", "lesion_hd95", 1, False),
-            ],
+            [("HD95", "hd95", 1, False), ("lesion Dice", "lesion_dice", 3, False)],
             n,
         ),
         *(Text(line) for line in lines(document)),
@@ -74,7 +70,7 @@ def lines(document: Mapping[str, Any]) -> Iterator[str]:
                 yield f"Tumours {text} ({size}): {_dice_in_words(sizes[size])}."
     for subject in document["left_out"]:
         site = f" of {plain(subject['site'])}" if subject["site"] else ""
-        yield f"Left out: {plain(subject['subject'])}{site}: {plain(subject['why'])}."
+        yield f"Left out: {plain(subject['subject'])}{site}: {plain(subject['why']).rstrip('.')}."
     yield from document["remarks"]
     yield NOTE
 

@@ -102,8 +102,8 @@ def evaluate_run(
             f"{single} of {document['over_sites']['n']} sites have a single patient here, which "
             "cannot be drawn anew: the intervals over sites are too narrow."
         )
-    nothing = [name for name, entries in subjects.items() if not entries]
-    remarks += [f"{name} has no such subject: nothing is measured there." for name in nothing]
+    none = "does not train" if training else "holds out nobody: nothing is measured there"
+    remarks += [f"{name} {none}." for name, entries in subjects.items() if not entries]
     return {**document, "remarks": remarks}
 
 
