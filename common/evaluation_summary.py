@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from common.bootstrap import Interval, interval_of_mean, interval_of_mean_over_sites
+from common.bootstrap import Interval, intervals_of_means, intervals_of_means_over_sites
 from common.metrics import REGIONS
 
 METRICS = ("dice", "iou", "hd95", "sensitivity", "specificity", "precision")
@@ -80,12 +80,13 @@ def statistic(values: Sequence[float], interval: Interval | None) -> Statistic:
 def group(results: Sequence[SubjectResult], confidence: float) -> Group:
     """The statistics of some subjects, each alike."""
     patients = [result.patient for result in results]
-
-    def over(structure: str, metric: str) -> dict[str, Any]:
-        values = [_value(result, structure, metric) for result in results]
-        return statistic(values, interval_of_mean(values, patients, confidence)).as_dict()
-
-    return {"n": len(results), "patients": len(set(patients)), **_each(results, over)}
+    keys = _keys(results)
+    columns = _columns(results, keys)
+    intervals = intervals_of_means(columns, patients, confidence)
+    found: Group = {"n": len(results), "patients": len(set(patients))}
+    for (structure, metric), values, interval in zip(keys, columns, intervals, strict=True):
+        found.setdefault(structure, {})[metric] = statistic(values, interval).as_dict()
+    return found
 
 
 def by_site(results: Sequence[SubjectResult]) -> dict[str, list[SubjectResult]]:
@@ -103,19 +104,17 @@ def over_sites(results: Sequence[SubjectResult], confidence: float) -> Group:
     their means as they are, is too narrow.
     """
     sites = list(by_site(results).values())
-
-    def over(structure: str, metric: str) -> dict[str, Any]:
-        values = [[_value(result, structure, metric) for result in site] for site in sites]
-        pairs = [
-            (own, [result.patient for result in site])
-            for own, site in zip(values, sites, strict=True)
-        ]
-        interval, single = interval_of_mean_over_sites(pairs, confidence)
-        means = [statistic(own, None).mean for own in values]
-        found = statistic(means, interval).as_dict()
-        return {**found, "single_patient_sites": single}
-
-    return {"n": len(sites), **_each(results, over)}
+    keys = _keys(results)
+    columns = [_columns(site, keys) for site in sites]
+    patients = [[result.patient for result in site] for site in sites]
+    intervals = intervals_of_means_over_sites(list(zip(columns, patients, strict=True)), confidence)
+    found: Group = {"n": len(sites)}
+    for row, (structure, metric) in enumerate(keys):
+        means = [statistic(own[row], None).mean for own in columns]
+        interval, single = intervals[row]
+        of = {**statistic(means, interval).as_dict(), "single_patient_sites": single}
+        found.setdefault(structure, {})[metric] = of
+    return found
 
 
 def fairness(results: Sequence[SubjectResult], confidence: float) -> dict[str, Any]:
@@ -176,20 +175,24 @@ def _by_size(results: Sequence[SubjectResult], confidence: float) -> dict[str, A
     return {"limits_ml": [low, high], **groups}
 
 
-def _each(
-    results: Sequence[SubjectResult], of: Callable[[str, str], dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """structure -> metric -> `of` both, for whatever the results have."""
-    found: dict[str, dict[str, Any]] = {}
-    for result in results:
-        for structure, scores in result.scores.items():
-            done = found.setdefault(structure, {})
-            done |= {metric: of(structure, metric) for metric in scores if metric not in done}
-    return found
+def _keys(results: Sequence[SubjectResult]) -> list[tuple[str, str]]:
+    """Every (structure, metric) that a result has."""
+    every = (
+        (structure, metric)
+        for result in results
+        for structure, scores in result.scores.items()
+        for metric in scores
+    )
+    return list(dict.fromkeys(every))
 
 
-def _value(result: SubjectResult, structure: str, metric: str) -> float:
-    return result.scores.get(structure, {}).get(metric, math.nan)
+def _columns(
+    results: Sequence[SubjectResult], keys: Sequence[tuple[str, str]]
+) -> list[list[float]]:
+    return [
+        [result.scores.get(structure, {}).get(metric, math.nan) for result in results]
+        for structure, metric in keys
+    ]
 
 
 def _dice_of(region: str) -> Callable[[SubjectResult], float]:

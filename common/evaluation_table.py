@@ -24,6 +24,8 @@ def evaluation_tables(document: Mapping[str, Any]) -> Group:
         ("all subjects", document["pooled"]),
         ("mean over sites", document["over_sites"]),
     ]
+    if len(sites) == 1:  # both would be the site's row again
+        totals = []
     n = document["pooled"]["n"]
     share = f"{document['confidence']:.0%}"
     return Group(

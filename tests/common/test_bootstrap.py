@@ -8,10 +8,25 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from common.bootstrap import RESAMPLES, SEED, interval_of_mean, interval_of_mean_over_sites
+from common.bootstrap import (
+    RESAMPLES,
+    SEED,
+    intervals_of_means,
+    intervals_of_means_over_sites,
+)
 
 VALUES = list(np.random.default_rng(4).beta(5, 2, 14))
 NAMES = [f"p{n}" for n in range(14)]
+
+
+def interval_of_mean(values, patients, confidence):
+    return intervals_of_means([values], patients, confidence)[0]
+
+
+def interval_of_mean_over_sites(sites, confidence):
+    return intervals_of_means_over_sites(
+        [([values], names) for values, names in sites], confidence
+    )[0]
 
 
 def clusters() -> tuple[list[float], list[str]]:
@@ -67,7 +82,9 @@ def test_the_mean_over_sites_draws_within_each_site():
     for _ in range(8000):
         of_sites = []
         for patients in groups:
-            drawn = [v for n in random.integers(0, len(patients), len(patients)) for v in patients[n]]
+            drawn = [
+                v for n in random.integers(0, len(patients), len(patients)) for v in patients[n]
+            ]
             of_sites.append(sum(drawn) / len(drawn))
         means.append(sum(of_sites) / 3)
     found, single = interval_of_mean_over_sites(sites, 0.9)
@@ -87,7 +104,7 @@ def test_a_single_patient_gives_no_interval():
     assert interval_of_mean([0.5, math.nan], ["a", "b"], 0.95) is None
     assert interval_of_mean([], [], 0.95) is None
     assert interval_of_mean_over_sites([([0.5], ["a"]), ([0.7], ["b"])], 0.95) == (None, 2)
-    assert interval_of_mean_over_sites([], 0.95) == (None, 0)
+    assert intervals_of_means_over_sites([], 0.95) == []
 
 
 def test_a_site_with_a_single_patient_stays_as_it_is():
@@ -100,3 +117,22 @@ def test_a_site_with_a_single_patient_stays_as_it_is():
 def test_equal_values_give_an_interval_without_width_and_the_same_again():
     assert interval_of_mean([1.0, 1.0, 1.0], ["a", "b", "c"], 0.95) == (1.0, 1.0)
     assert interval_of_mean(VALUES, NAMES, 0.95) == interval_of_mean(VALUES, NAMES, 0.95)
+
+
+def test_columns_given_at_once_have_the_intervals_that_each_has_alone():
+    random = np.random.default_rng(5)
+    table = random.random((6, 12))
+    table[2, :3] = table[4, 5] = math.nan
+    table[5, 1:] = math.nan
+    patients = [f"p{n // 2}" for n in range(12)]
+    alone = [interval_of_mean(row, patients, 0.9) for row in table]
+    for found, expected in zip(intervals_of_means(table, patients, 0.9), alone, strict=True):
+        assert found == (expected and pytest.approx(expected))
+    assert alone[5] is None
+    sites = [(table[:, :5], patients[:5]), (table[:, 5:6], ["x"]), (table[:, 6:], patients[6:])]
+    alone = [interval_of_mean_over_sites([(t[r], n) for t, n in sites], 0.9) for r in range(6)]
+    assert [single for _, single in alone] == [1, 1, 1, 1, 0, 1]
+    together = intervals_of_means_over_sites(sites, 0.9)
+    for (found, n), (expected, single) in zip(together, alone, strict=True):
+        assert found == pytest.approx(expected)
+        assert n == single
