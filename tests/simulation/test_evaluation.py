@@ -146,7 +146,7 @@ def test_a_cache_that_is_gone_is_said(run):
     failed = fed_sim(run)
     assert failed.exit_code == 1
     assert "is missing or damaged" in failed.stderr
-    next((run / "sites").glob("*/site.json")).write_text("{}")
+    sorted((run / "sites").glob("*/site.json"))[0].write_text("{}")
     assert "subjects is damaged" in fed_sim(run).stderr
 
 
