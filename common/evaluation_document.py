@@ -24,8 +24,8 @@ FORMAT = "fedbrats-evaluation/1"
 NOTE = "For research; not a medical device."
 INTERVALS = (
     "Intervals say what other patients of these same sites might have given, by a percentile "
-    "bootstrap over patients (too narrow with few of them); nothing about other hospitals, nor about "
-    "another training."
+    "bootstrap over patients (too narrow with fewer than about 20 of them); nothing about other "
+    "hospitals, nor about another training."
 )
 DOCUMENT, SUBJECTS, SUMMARY = "evaluation.json", "subjects.csv", "summary.csv"
 STATISTICS = ("n", "mean", "ci_low", "ci_high", "median", "q1", "q3")

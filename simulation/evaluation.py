@@ -99,7 +99,7 @@ def evaluate_run(
     single = document["over_sites"]["WT"]["dice"]["single_patient_sites"]
     if single:
         remarks.append(
-            f"{single} of {document['over_sites']['n']} sites have a single patient here, which "
+            f"At {single} of {document['over_sites']['n']} sites there is a single patient, who "
             "cannot be drawn anew: the intervals over sites are too narrow."
         )
     none = "does not train" if training else "holds out nobody: nothing is measured there"
