@@ -112,7 +112,7 @@ def _cell(statistic: Mapping[str, Any] | None, digits: int, with_interval: bool)
         return Text("-")
     text = f"{statistic['mean']:.{digits}f}"
     if with_interval and statistic["ci_low"] is not None:
-        text += f" ({statistic['ci_low']:.2f} to {statistic['ci_high']:.2f})"
+        text += f" ({statistic['ci_low']:.2f}–{statistic['ci_high']:.2f})"
     return Text(text)
 
 

@@ -28,7 +28,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(evaluation_commands.evaluate)
 FAILED = 1  # exit code
 
 Data = Annotated[Path, typer.Argument(help="Folder in BraTS layout.")]
@@ -212,6 +211,9 @@ def results(
             for subject in end.get("data", {}).get("left_out", ()):
                 print(f"Left out, unusable: {subject} (fed-client check says why).")
             print("\n".join(verdict(history).lines()))
+
+
+app.command()(evaluation_commands.evaluate)
 
 
 class Plant(StrEnum):

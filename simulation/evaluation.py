@@ -161,6 +161,8 @@ def _as_in(config: FederationConfig, model: Model, path: Path) -> Model:
         "shape": "grid",
         "normalise": "intensities",
     }
+    if theirs.mode != ours.mode:
+        del names["shape"]  # only one of them has a grid
     differing = [
         f"{words} {_words(getattr(theirs, key))} instead of {_words(getattr(ours, key))}"
         for key, words in names.items()

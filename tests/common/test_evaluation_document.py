@@ -94,7 +94,7 @@ def test_the_tables_hold_every_number_of_the_document(whole):
 
 def test_a_terminal_says_it_all_in_words(whole):
     text = shown({**whole, "left_out": [{"site": "a", "subject": "x", "why": "is damaged"}]})
-    assert "│ b │ 0.700 (0.50 to 0.90) │" in " ".join(text.split())
+    assert "│ b │ 0.700 (0.50–0.90) │" in " ".join(text.split())
     assert "Worst site by Dice WT: a 0.500; best c 0.800; spread 0.300" in text
     assert "Grade LGG: Dice WT 0.650, TC 0.550, ET 0.450 (2 subjects)." in text
     assert "(large): Dice WT 0.750" in text

@@ -117,12 +117,14 @@ def test_training_subjects_are_those_trained_on(run, finished_run):
 
 
 def test_a_model_for_other_scans_is_refused_in_words(run, tiny_config, tmp_path):
+    patches = ("preprocess.mode=patches", "training.patch=[32,32,32]")
     for assigned, text in (
+        (patches, "with mode patches instead of resample. Choose"),
         ("modalities=[t1ce,flair]", "modalities t1ce, flair instead of t1, t1ce, t2, flair"),
         ("preprocess.shape=[48,48,48]", "grid 48, 48, 48 instead of 32, 32, 32"),
         ("preprocess.normalise=minmax", "intensities minmax instead of zscore"),
     ):
-        config = tiny_config(assigned)
+        config = tiny_config(*((assigned,) if isinstance(assigned, str) else assigned))
         path = tmp_path / "other.safetensors"
         save_weights(path, initial_weights(config), {"config": config.agreed()})
         failed = fed_sim(run, "--model", path)
