@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from common.console import failing_in_words, run_program, standard_output, start_logging
+from simulation import evaluation_commands
 
 if TYPE_CHECKING:
     from simulation.run import Result
@@ -210,6 +211,9 @@ def results(
             for subject in end.get("data", {}).get("left_out", ()):
                 print(f"Left out, unusable: {subject} (fed-client check says why).")
             print("\n".join(verdict(history).lines()))
+
+
+app.command()(evaluation_commands.evaluate)
 
 
 class Plant(StrEnum):
