@@ -153,14 +153,16 @@ def segment(
     brain = brain_of(scan)
     tumour = labels != BACKGROUND
     tumour_entropy = float(entropy[tumour].mean()) if tumour.any() else None
-    features = input_features(scan) | prediction_features(
-        int(np.count_nonzero(tumour)), int(np.count_nonzero(brain)), tumour_entropy, agreement
-    )
     millilitres = float(np.prod(scan.spacing)) / 1000
     codes = {finding.code for finding in findings}
+    labels = _in_whole_image(labels, geometry, BACKGROUND)
+    inside = int(np.count_nonzero(brain & (labels != BACKGROUND)))
+    features = input_features(scan) | prediction_features(
+        inside, int(np.count_nonzero(brain)), tumour_entropy, agreement
+    )
     return Prediction(
         subject=subject.id,
-        labels=_in_whole_image(labels, geometry, BACKGROUND),
+        labels=labels,
         brain=brain,
         probabilities=_whole_probabilities(probabilities, geometry)
         if options.probabilities

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import io
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
+from client.location import describe
 from client.prediction import Prediction
 from common.brats import BACKGROUND, STRUCTURES
 from common.console import printable
@@ -33,18 +31,10 @@ def summary_of(prediction: Prediction) -> Summary:
 
 
 def location_of(prediction: Prediction) -> Summary | None:
-    """Side and lobes of the whole tumour, by `client.location`, where that is installed."""
-    tumour: np.ndarray = prediction.labels != BACKGROUND
-    if not tumour.any():
-        return None
-    try:
-        location = importlib.import_module("client.location")
-    except ModuleNotFoundError as missing:
-        if missing.name != "client.location":
-            raise
-        return None
-    described: Summary = asdict(location.describe(tumour, prediction.brain, prediction.spacing))
-    return described
+    """Side and lobes of the whole tumour, and both in words."""
+    tumour = prediction.labels != BACKGROUND
+    location = describe(tumour, prediction.brain, prediction.spacing)
+    return None if location is None else asdict(location) | {"text": location.text}
 
 
 def in_words(summary: Summary) -> str:
