@@ -222,9 +222,15 @@ def map_paths(labels: Path) -> tuple[Path, Path]:
 
 
 def _scores(model: Model, image: np.ndarray, flips: bool) -> tuple[torch.Tensor, float | None]:
-    if flips:
-        return flipped_scores(model.network, image, model.config, model.device)
-    return class_scores(model.network, image, model.config, model.device), None
+    try:
+        if flips:
+            return flipped_scores(model.network, image, model.config, model.device)
+        return class_scores(model.network, image, model.config, model.device), None
+    except RuntimeError as error:  # torch's own are no MemoryErrors
+        full = isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+        if not full:
+            raise
+        raise MemoryError(str(error)) from error
 
 
 def _in_whole_image(inside: np.ndarray, geometry: Geometry, around: float) -> np.ndarray:

@@ -93,6 +93,8 @@ def segment_all(
     refuse_clashes(subjects, [_labels_of(out, subject) for subject in subjects])
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".predictions.lock"):
+        for left in out.glob(".*.nii.gz.*.tmp"):  # half a file, by a call that was killed
+            left.unlink()
         entries = _read_list(out)
         for finding in unusable:
             _replace(entries, out, _failed(finding.subject, unusable))

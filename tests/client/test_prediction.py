@@ -198,3 +198,12 @@ def test_an_unusable_subject_gives_no_prediction(config, subject, tmp_path):
     made, findings = segment(model_of(config), replace(subject, images=images))
     assert made is None
     assert [f.file for f in findings if f.severity == "error"] == ["t1.nii.gz"]
+
+
+def test_torchs_own_error_of_a_full_memory_is_a_memory_error(config, subject):
+    class Greedy(torch.nn.Module):
+        def forward(self, images):
+            return torch.empty(1, 4, 10**6, 10**6, 10**3)
+
+    with pytest.raises(MemoryError):
+        segment(Model(Greedy(), config, CPU), subject)

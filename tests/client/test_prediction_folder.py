@@ -90,8 +90,11 @@ def test_a_kill_loses_only_the_subject_in_progress(job, subjects, segmented, tmp
     assert [entry["subject"] for entry in listed] == [subjects[0].id]
     monkeypatch.setattr(prediction_folder, "save", real)
     segmented.clear()
+    half = out / f".{subjects[1].id}.nii.gz.123.tmp"  # kill -9 in the midst of writing
+    half.touch()
     assert len(segment_all(job, subjects, [], out)) == 2
     assert segmented == [subjects[1].id]
+    assert not half.exists()
 
 
 def test_a_subject_that_became_unusable_loses_its_old_segmentation(job, subjects, tmp_path):
