@@ -4,7 +4,8 @@
 subject with a trained model; `client.enrol` has `init` and `rotate-key`, `client.membership` has
 `join`, `review`, `status` and `leave`, `client.privacy_commands` has `privacy-plan`,
 `privacy-report` and `privacy-ledger`, `client.audit_commands` has `audit`, `client.policy_commands`
-has `policy explain`. Heavy imports happen inside the commands, so that `--help` answers at once.
+has `policy explain`, `client.viewer_commands` has `view`. Heavy imports happen inside the commands, so
+that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from typing import Annotated
 
 import typer
 
-from client import audit_commands, enrol, membership, policy_commands, privacy_commands
+from client import (
+    audit_commands,
+    enrol,
+    membership,
+    policy_commands,
+    privacy_commands,
+    viewer_commands,
+)
 from common.brats import CODINGS, MODALITIES, STRUCTURES
 from common.console import complain, printable, run_program, standard_output, start_logging
 from sites.finding import Finding
@@ -48,6 +56,7 @@ for command in (
     privacy_commands.privacy_plan,
     privacy_commands.privacy_report,
     privacy_commands.privacy_ledger,
+    viewer_commands.view,
 ):
     app.command()(command)
 app.add_typer(audit_commands.app, name="audit")
