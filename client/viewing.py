@@ -145,7 +145,7 @@ class Viewing:
         """A private file to write an upload to. Raises Busy."""
         self._refuse_if_busy()
         file = tempfile.NamedTemporaryFile(dir=self._folder, suffix=".part", delete=False)  # noqa: SIM115
-        return file.file, Path(file.name)
+        return file, Path(file.name)
 
     def take(self, modality: str, path: Path) -> dict[str, Any]:
         """Check a file from `new_file` and keep it as `modality`; its shape and spacing.

@@ -12,6 +12,7 @@ const LAYOUTS = {
   sagittal: SLICE_TYPE.SAGITTAL, render: SLICE_TYPE.RENDER,
 };
 const OUTLINE_ONLY = 0.02; // NiiVue draws the rim of a drawing only where the drawing is not invisible
+const OPACITY = 0.4; // of what is filled, at first
 const POLL_MS = 500;
 
 const $ = (id) => document.getElementById(id);
@@ -28,8 +29,8 @@ let modality = "";
 let loadedVersion = -1;
 const shown = new Set(LABELS);
 const layers = {
-  prediction: { on: true, opacity: 0.55, fill: true },
-  truth: { on: true, opacity: 0.55, fill: true },
+  prediction: { on: true, opacity: OPACITY, fill: true },
+  truth: { on: true, opacity: OPACITY, fill: true },
 };
 
 // ---- talking to the server
@@ -77,12 +78,13 @@ async function begin() {
     isRadiologicalConvention: true,
     multiplanarLayout: MULTIPLANAR_TYPE.GRID,
     multiplanarShowRender: SHOW_RENDER.ALWAYS,
-    multiplanarEqualSize: true,
     dragMode: DRAG_MODE.contrast,
     viewModeHotKey: "",
     cycleClipPlaneHotKey: "",
     clipPlaneHotKey: "",
     crosshairColor: [0.8, 0.8, 0.8, 0.6],
+    crosshairWidth: 0.5,
+    crosshairWidthUnit: "mm",
     crosshairGap: 8,
     fontColor: [0.85, 0.85, 0.85, 1],
     logLevel: "error",
@@ -118,15 +120,15 @@ async function load() {
   viewer.addVolume(base);
   if (images.truth) viewer.loadDrawing(images.truth);
   if (images.prediction) {
-    images.prediction.setColormapLabel(colours("prediction"));
-    viewer.addVolume(images.prediction);
+    viewer.volumes = [base, images.prediction];
+    viewer.overlays = [images.prediction];
   }
+  goToTumour();
+  paint();
   loadedVersion = version;
   $("empty").hidden = true;
   $("toolbar").hidden = $("location").hidden = false;
   show();
-  paint();
-  goToTumour();
 }
 
 async function choose(name) {
@@ -141,9 +143,8 @@ async function choose(name) {
 
 function colours(layer) {
   // an outline in the colour of the filling that it lies on would not be seen
-  const pale = layer === "truth" && !layers.truth.fill ? 0.7 : 0;
-  const tint = (value) => Math.round(value + (255 - value) * pale);
-  const channel = (index) => [0, ...LABELS.map((name) => tint(COLOURS[name][index]))];
+  const white = layer === "truth" && !layers.truth.fill;
+  const channel = (index) => [0, ...LABELS.map((name) => (white ? 255 : COLOURS[name][index]))];
   return {
     R: channel(0), G: channel(1), B: channel(2),
     A: [0, ...LABELS.map((name) => (shown.has(name) ? 255 : 0))],
@@ -159,8 +160,13 @@ function paint() {
   }
   viewer.drawRimOpacity = truth.on ? 1 : -1;
   viewer.drawOpacity = !truth.on ? 0 : truth.fill ? truth.opacity : OUTLINE_ONLY;
-  viewer.setDrawColormap(colours("truth")); // also brings the prediction up to date
-  viewer.drawScene();
+  viewer.setDrawColormap(colours("truth")); // also draws everything anew
+}
+
+let painting = 0;
+function paintSoon() { // a slider moves faster than a picture is drawn
+  cancelAnimationFrame(painting);
+  painting = requestAnimationFrame(paint);
 }
 
 function goToTumour() {
@@ -186,7 +192,6 @@ function goToTumour() {
     Math.round(best.i / best.count), Math.round(best.j / best.count), best.z,
   ]);
   viewer.createOnLocationChange();
-  viewer.drawScene();
 }
 
 function reset() {
@@ -199,11 +204,11 @@ function reset() {
   viewer.setRenderAzimuthElevation(110, 10);
   setLayout("all");
   for (const name of LABELS) shown.add(name);
-  for (const layer of Object.values(layers)) Object.assign(layer, { on: true, opacity: 0.55 });
+  for (const layer of Object.values(layers)) Object.assign(layer, { on: true, opacity: OPACITY });
   layers.truth.fill = !images.prediction;
+  goToTumour();
   paint();
   show();
-  goToTumour();
 }
 
 function setLayout(name) {
@@ -299,7 +304,7 @@ function showVolumes() {
     return button;
   }));
   const dice = state.dice;
-  const head = ["", ...names.map((name) => `${WORDS[name]}, ml`), ...(dice ? ["Dice"] : [])];
+  const head = ["ml", ...names.map((name) => WORDS[name]), ...(dice ? ["Dice"] : [])];
   const cells = (structure) => [
     ...names.map((name) => element("td", ml(state.volumes[name][structure]))),
     ...(dice ? [element("td", dice[structure].toFixed(3))] : []),
@@ -320,7 +325,7 @@ function showVolumes() {
   });
   const wholes = ["TC", "WT"].map((region) => {
     const row = element("tr", "", { class: "whole" });
-    row.append(element("th", `${region} = ${state.structures[region].join(" + ")}`, { scope: "row" }), ...cells(region));
+    row.append(element("th", region, { scope: "row", title: state.structures[region].join(" + ") }), ...cells(region));
     return row;
   });
   const total = element("tr", "", { id: "shown" });
@@ -349,8 +354,9 @@ function showLayers(names) {
     const slider = element("input", "", {
       type: "range", min: "0.05", max: "1", step: "0.05", value: String(layer.opacity), "aria-label": `opacity of ${WORDS[name]}`,
     });
-    slider.oninput = () => { layer.opacity = Number(slider.value); paint(); };
-    row.append(slider);
+    slider.oninput = () => { layer.opacity = Number(slider.value); paintSoon(); };
+    const all = element("div");
+    all.append(row, slider);
     if (name === "truth") {
       const outline = element("input", "", { type: "checkbox", "data-outline": name });
       outline.checked = !layer.fill;
@@ -362,11 +368,9 @@ function showLayers(names) {
       };
       const outlined = element("label");
       outlined.append(outline, "outline");
-      const both = element("div");
-      both.append(row, outlined);
-      return both;
+      all.append(outlined);
     }
-    return row;
+    return all;
   }));
 }
 
