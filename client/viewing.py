@@ -85,7 +85,7 @@ class Viewing:
         self._shown: Shown | None = None
         self._job = Job()
         self._uploads: dict[str, Path] = {}
-        self._version = 0  # of what the page has loaded
+        self._version = 0  # counts the subjects shown
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -290,7 +290,6 @@ class Viewing:
             known = set(self._shown.findings)
             notes = (*self._shown.findings, *(f for f in findings if f not in known))
             self._shown = replace(self._shown, segmentation=segmentation, findings=notes)
-            self._version += 1
 
 
 def segmentation_of(

@@ -1,6 +1,6 @@
 // The viewer's page: draws what /api/state describes with NiiVue. All texts come in as text, never as HTML.
 
-const { Niivue, NVImage, SLICE_TYPE, SHOW_RENDER, MULTIPLANAR_TYPE, DRAG_MODE } = window.niivue;
+const { Niivue, NVImage, cmapper, SLICE_TYPE, SHOW_RENDER, MULTIPLANAR_TYPE, DRAG_MODE } = window.niivue;
 
 // Okabe-Ito; apart in lightness too, so that they differ without colour
 const COLOURS = { NCR: [213, 94, 0], ED: [86, 180, 233], ET: [240, 228, 66] };
@@ -54,6 +54,7 @@ async function look() {
   state = await (await ask("/api/state")).json();
   show();
   if (state.subject !== null && state.version !== loadedVersion) await load();
+  else if ("prediction" in (state.volumes ?? {}) && !images.prediction) await addPrediction();
   return state;
 }
 
@@ -72,6 +73,12 @@ async function follow() {
 // ---- the picture
 
 async function begin() {
+  if (!document.createElement("canvas").getContext("webgl2")) {
+    throw [{
+      what: "This browser cannot draw in three dimensions (WebGL2)",
+      remedy: "Take another browser, or switch on its hardware acceleration.",
+    }];
+  }
   $("canvas").hidden = false;
   viewer = new Niivue({
     dragAndDropEnabled: false, // NiiVue would show the file without the checks
@@ -103,31 +110,42 @@ async function volume(name, options = {}) {
 async function load() {
   const version = state.version;
   if (!viewer) await begin();
-  images = {};
-  modality = state.modalities.includes(modality)
+  const name = state.modalities.includes(modality)
     ? modality
-    : state.modalities.find((name) => name === "flair") ?? state.modalities[0];
-  const names = ["truth", "prediction"].filter((name) => name in state.volumes);
-  const [base, ...segmentations] = await Promise.all([
-    volume(modality, { ignoreZeroVoxels: true }), ...names.map((name) => volume(name)),
+    : state.modalities.find((other) => other === "flair") ?? state.modalities[0];
+  const [base, truth] = await Promise.all([
+    volume(name, { ignoreZeroVoxels: true }), "truth" in state.volumes ? volume("truth") : null,
   ]);
-  if (version !== state.version) return;
-  images[modality] = base;
-  names.forEach((name, index) => { images[name] = segmentations[index]; });
-  layers.truth.fill = !("prediction" in images); // else outlined, over the filled prediction
+  modality = name;
+  images = { [name]: base };
+  layers.truth.fill = true;
   viewer.closeDrawing();
   viewer.volumes = [];
   viewer.addVolume(base);
-  if (images.truth) viewer.loadDrawing(images.truth);
-  if (images.prediction) {
-    viewer.volumes = [base, images.prediction];
-    viewer.overlays = [images.prediction];
+  if (truth) {
+    images.truth = truth;
+    viewer.loadDrawing(truth);
   }
-  goToTumour();
-  paint();
   loadedVersion = version;
   $("empty").hidden = true;
   $("toolbar").hidden = $("location").hidden = false;
+  goToTumour();
+  if ("prediction" in state.volumes) return addPrediction();
+  paint();
+  show();
+}
+
+async function addPrediction() {
+  const version = state.version;
+  const image = await volume("prediction");
+  if (version !== loadedVersion) return;
+  images.prediction = image;
+  viewer.volumes = [viewer.volumes[0], image];
+  viewer.overlays = [image];
+  layers.truth.fill = false; // but outlined, over the filled prediction
+  if (images.truth) viewer.createOnLocationChange(); // it is at the tumour, or where the user went
+  else goToTumour();
+  paint();
   show();
 }
 
@@ -160,7 +178,11 @@ function paint() {
   }
   viewer.drawRimOpacity = truth.on ? 1 : -1;
   viewer.drawOpacity = !truth.on ? 0 : truth.fill ? truth.opacity : OUTLINE_ONLY;
-  viewer.setDrawColormap(colours("truth")); // also draws everything anew
+  // what viewer.setDrawColormap does, but without the scan itself, whose gradients take most time
+  viewer.drawLut = cmapper.makeDrawLut(colours("truth"));
+  viewer.refreshColormaps();
+  if (images.prediction) viewer.refreshLayers(images.prediction, 1);
+  viewer.drawScene();
 }
 
 let painting = 0;
