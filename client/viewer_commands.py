@@ -81,6 +81,8 @@ def view(
                     _open(address, Path(private))
                 stop.wait()
         print("Ended; uploaded scans are deleted.", flush=True)
+        if viewing.busy:  # torch in a thread would crash an orderly end
+            os._exit(0)
 
 
 def _foreseen() -> tuple[type[Exception], ...]:

@@ -92,6 +92,10 @@ class Viewing:
         """The modalities that the model reads, none without a model."""
         return self._model.config.modalities if self._model else ()
 
+    @property
+    def busy(self) -> bool:
+        return self._job.state == "running"
+
     def show(self, subject: Subject) -> None:
         """Read a subject and make it the one that is shown.
 
@@ -167,8 +171,7 @@ class Viewing:
             except VolumeError as problem:
                 raise Unusable([_about(modality, problem)]) from None
             with self._lock:
-                if self._job.state == "running":
-                    raise Busy
+                self._refuse_if_busy()
                 if previous := self._uploads.pop(modality, None):
                     previous.unlink(missing_ok=True)
                 self._uploads[modality] = checked.replace(named)
@@ -247,7 +250,7 @@ class Viewing:
         return f"{plain}_segmentation.nii.gz", shown.segmentation.file
 
     def _refuse_if_busy(self) -> None:
-        if self._job.state == "running":
+        if self.busy:
             raise Busy
 
     def _begin(self, work: Callable[[], None]) -> None:

@@ -30,7 +30,15 @@ from common.model import initial_weights
 from common.weights import save_weights
 from sites.subject import Subject, discover
 
-COMMAND = [sys.executable, "-c", "from client.cli import main; main()", "view"]
+FOR_EVER = """
+import client.viewing, torch
+def segmentation_of(*_):
+    while True:
+        torch.nn.functional.conv3d(torch.ones(1, 8, 12, 12, 12), torch.ones(8, 8, 3, 3, 3))
+client.viewing.segmentation_of = segmentation_of
+from client.cli import main
+main()
+"""
 WEB = Path(viewer.__file__).parent / "web"
 
 
@@ -385,11 +393,13 @@ def fetch(opener: urllib.request.OpenerDirector, address: str) -> int:
         return refused.code
 
 
-def test_the_program_serves_with_a_token_and_leaves_nothing(model_file, folder, tmp_path):
+def test_the_program_asks_for_its_token_and_ends_amid_work_leaving_nothing(
+    model_file, folder, tmp_path
+):
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     running = subprocess.Popen(
-        [*COMMAND, "--model", str(model_file), "--no-open"],
+        [sys.executable, "-c", FOR_EVER, "view", "--model", str(model_file), "--no-open"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -404,12 +414,15 @@ def test_the_program_serves_with_a_token_and_leaves_nothing(model_file, folder, 
         assert fetch(urllib.request.build_opener(), f"{bare}web/viewer.js") == 401
         mine = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(CookieJar()))
         assert fetch(mine, address) == 200
-        scan = scans_of(folder)["t1"]
-        put = urllib.request.Request(f"{bare}api/upload/t1", scan, method="PUT")
-        assert mine.open(put).status == 200
+        for name, scan in scans_of(folder).items():
+            put = urllib.request.Request(f"{bare}api/upload/{name}", scan, method="PUT")
+            assert mine.open(put).status == 200
         (private,) = temporary.glob("fedbrats-view-*")
         assert private.stat().st_mode & 0o777 == 0o700
-        assert len(list(private.iterdir())) == 1
+        assert len(list(private.iterdir())) == 4
+        segment = urllib.request.Request(f"{bare}api/segment", b"", method="POST")
+        assert mine.open(segment).status == 202
+        time.sleep(0.5)
         running.send_signal(signal.SIGINT)
         stdout, stderr = running.communicate(timeout=30)
     finally:
