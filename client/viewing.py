@@ -139,9 +139,11 @@ class Viewing:
         subject = Subject(UPLOADED, self._folder, paths, None)
 
         def work() -> None:
-            self.show(subject)
-            self._segment(subject)
-            self.forget_uploads()
+            try:
+                self.show(subject)
+                self._segment(subject)
+            finally:
+                self.forget_uploads()
 
         self._begin(work)
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from http.cookiejar import CookieJar
 from pathlib import Path
 
@@ -192,6 +193,20 @@ def test_the_model_segments_the_subject_shown_and_is_compared_with_the_truth(
     assert list(private.iterdir()) == []
 
 
+def test_a_subject_without_a_modality_of_the_model_is_shown_but_not_segmented(
+    subject, model, private
+):
+    some = {m: path for m, path in subject.images.items() if m != "t2"}
+    viewing = Viewing(private, model, "model.safetensors")
+    viewing.show(replace(subject, images=some))
+    viewing.segment_shown()
+    with TestClient(viewer_app(viewing)) as client:
+        state = until_done(client)
+    assert state["modalities"] == ["t1", "t1ce", "flair"]
+    assert state["job"]["state"] == "failed"
+    assert "modality t2 is missing" in state["job"]["problems"][0]["what"]
+
+
 def test_labels_that_cannot_be_used_are_left_out_with_a_note(folder, tmp_path, private):
     copy = tmp_path / folder.name
     copy.mkdir()
@@ -250,7 +265,7 @@ def test_what_is_no_scan_is_refused_in_words_and_not_kept(spoil, says, waiting, 
     assert client.get("/api/state").json()["uploads"] == []
 
 
-def test_scans_that_do_not_fit_together_are_refused_in_words(waiting, folder):
+def test_scans_that_do_not_fit_together_are_refused_in_words(waiting, folder, private):
     _, client = waiting
     scans = scans_of(folder)
     image = read(uncompressed(scans["t2"]))
@@ -262,6 +277,7 @@ def test_scans_that_do_not_fit_together_are_refused_in_words(waiting, folder):
     assert "t2" in state["job"]["problems"][0]["file"]
     assert "32x32x18" in state["job"]["problems"][0]["what"]
     assert state["subject"] is None
+    assert list(private.iterdir()) == []
 
 
 def test_a_missing_modality_is_named_and_a_foreign_one_refused(waiting, folder):
