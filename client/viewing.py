@@ -51,10 +51,12 @@ class Unusable(RuntimeError):
 
 @dataclass(frozen=True)
 class Segmentation:
-    """labels: uint8 system labels (X, Y, Z) in RAS; file: gzipped NIfTI in the subject's own space."""
+    """labels: uint8 system labels (X, Y, Z) in RAS; file: gzipped NIfTI in the subject's own space;
+    warnings: what makes it doubtful, in words."""
 
     labels: np.ndarray
     file: bytes
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,7 @@ class Viewing:
                 if labels is not None
             },
             "dice": _dice(predicted, truth),
+            "warnings": own.warnings if own else [],
         }
 
     def volume(self, name: str) -> bytes | None:

@@ -357,6 +357,7 @@ function showVolumes() {
   }), ...(dice ? [element("td")] : []));
   const heads = element("tr");
   heads.append(...head.map((text) => element("th", text, { scope: "col" })));
+  $("doubts").replaceChildren(...state.warnings.map((text) => element("p", text, { class: "note" })));
   $("volumes").tHead.replaceChildren(heads);
   $("volumes").tBodies[0].replaceChildren(...rows, ...wholes);
   $("volumes").tFoot.replaceChildren(total);

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -15,6 +17,7 @@ import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
+import client.viewing
 from client.prediction import load_model
 from client.viewer import viewer_app
 from client.viewing import Viewing
@@ -91,8 +94,6 @@ class Page:
 @pytest.fixture
 def opened(browser, tmp_path) -> Iterator[object]:
     """A function that opens a viewing's page."""
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
 
         def opening(viewing: Viewing) -> Page:
@@ -139,8 +140,15 @@ def test_what_is_seen_and_its_volume_change_with_the_region(opened, folders, tmp
 
 
 def test_uploading_four_files_in_the_page_shows_and_gives_their_segmentation(
-    opened, folders, model, tmp_path
+    opened, folders, model, tmp_path, monkeypatch
 ):
+    real = client.viewing.segmentation_of
+
+    def doubted(*arguments):
+        segmentation, findings = real(*arguments)
+        return replace(segmentation, warnings=("Is this <i>a head</i>?",)), findings
+
+    monkeypatch.setattr(client.viewing, "segmentation_of", doubted)
     viewing = Viewing(tmp_path, model, "model.safetensors")
     page = opened(viewing)
     eventually(lambda: page.find("#upload").is_displayed(), "the upload form")
@@ -161,6 +169,7 @@ def test_uploading_four_files_in_the_page_shows_and_gives_their_segmentation(
     volumes = viewing.state()["volumes"]["prediction"]
     assert page.shown("prediction") == pytest.approx(volumes["WT"], rel=0.01, abs=0.006)
     assert page.text("#status") == ""
+    assert page.text("#doubts") == "Is this <i>a head</i>?"
     most = max((ED, ET, NCR), key=page.tint)
     filled = page.tint(most)
     assert filled > 100
