@@ -21,12 +21,11 @@ from typing import IO, Any
 import nibabel
 import numpy as np
 
-from client.prediction import Model, segment_subject
+from client.prediction import Model, save, segment
 from common.brats import MODALITIES, STRUCTURES
 from common.metrics import confusion_matrix, structure_scores
 from sites.checks import Scan, examine
 from sites.finding import Finding
-from sites.segmentation import translate
 from sites.subject import Subject
 from sites.volumes import VolumeError, read_volume
 
@@ -306,12 +305,11 @@ def segmentation_of(
     """One subject's segmentation, None if it cannot be used; `folder` holds a file meanwhile."""
     out = folder / "segmentation.nii.gz"
     try:
-        volumes, findings = segment_subject(model, subject, out)
-        if volumes is None:
+        prediction, findings = segment(model, subject)
+        if prediction is None:
             return None, findings
-        labels = translate(read_volume(out).voxels, out.name, "brats", lambda *_: None)
-        assert labels is not None
-        return Segmentation(labels, out.read_bytes()), findings
+        save(prediction, out)
+        return Segmentation(prediction.labels, out.read_bytes(), prediction.warnings), findings
     finally:
         with suppress(OSError):
             out.unlink()

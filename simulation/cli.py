@@ -341,7 +341,7 @@ def _failing_in_words() -> Iterator[None]:
             yield
         except Exception as error:
             if findings := getattr(error, "findings", ()):
-                from client.cli import print_findings
+                from client.finding_table import print_findings
 
                 with redirect_stdout(sys.stderr):
                     print_findings(findings)
