@@ -135,8 +135,13 @@ def test_what_is_seen_and_its_volume_change_with_the_region(opened, folders, tmp
     assert page.shown("truth") == pytest.approx(volumes["ED"] + volumes["ET"], rel=0.01, abs=0.006)
     assert page.find("[data-region=WT]").get_attribute("aria-pressed") == "false"
 
+    page.find("#canvas").send_keys("t")
+    assert page.shown("truth") == pytest.approx(volumes["TC"], rel=0.01, abs=0.006)
+    page.find("#canvas").send_keys("w")
     page.click("[data-show=truth]")
     eventually(lambda: page.tint(ED) + page.tint(ET) < 20, "the truth to vanish")
+    page.find("#canvas").send_keys("g")
+    eventually(lambda: page.tint(ED) > whole[ED] / 2, "the truth to be back")
 
 
 def test_uploading_four_files_in_the_page_shows_and_gives_their_segmentation(
