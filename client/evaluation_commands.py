@@ -67,7 +67,7 @@ def evaluate(
                 confidence=confidence,
             )
         except NoUsableSubject as error:
-            from client.cli import print_findings
+            from client.finding_table import print_findings
 
             with redirect_stdout(sys.stderr):
                 print_findings(error.findings)
@@ -76,7 +76,7 @@ def evaluate(
         if as_json:
             print(json_text(document))
             return
-        from client.cli import print_findings
+        from client.finding_table import print_findings
         from sites.finding import Finding
 
         print_findings([Finding(**found) for found in document["findings"]])
