@@ -312,7 +312,7 @@ def _print_status(document: dict[str, object], hospital: HospitalFolder) -> None
 
 def _print_findings(findings: list[dict[str, str]]) -> None:
     if findings:
-        from client.cli import print_findings
+        from client.finding_table import print_findings
         from sites.finding import Finding
 
         print_findings([Finding(**finding) for finding in findings])  # type: ignore[arg-type]

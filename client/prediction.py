@@ -1,31 +1,42 @@
-"""A trained model on a patient without labels: a segmentation in the subject's own space.
+"""A trained model on a patient without labels: labels, probabilities and how far to trust them.
 
-Writes BraTS labels (0, 1 NCR/NET, 2 ED, 4 ET) on the grid and affine of the subject's own files.
+Everything is on the subject's own voxels, turned to RAS; writing it in the orientation of the
+subject's files is `client.nifti_output`, the command line `client.prediction_commands`.
 For research; not a medical device.
 """
 
 from __future__ import annotations
 
-import gzip
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import torch
-from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 
 from client.device import best_device, use_threads
-from client.evaluation import predict
-from common.brats import CODINGS, STRUCTURES
+from client.evaluation import class_scores
+from client.familiarity import (
+    Features,
+    Reference,
+    brain_of,
+    input_features,
+    judge,
+    prediction_features,
+)
+from client.flips import flipped_scores
+from client.nifti_output import save_labels, save_map
+from client.postprocessing import RECOMMENDED, PostProcessing, postprocess
+from common.brats import BACKGROUND, N_CLASSES, STRUCTURES
 from common.config import FederationConfig
-from common.files import write_atomically
 from common.model import network_for
 from common.weights import BadWeights, check_update, load_weights
-from sites.checks import Scan, examine
+from sites.checks import examine
 from sites.finding import Finding
-from sites.preprocess import Geometry, prepare, recipe_of
+from sites.preprocess import Geometry, best_class, own_scores, prepare, recipe_of
 from sites.subject import Subject
+
+RESEARCH_ONLY = "For research; not a medical device."
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,55 @@ class Model:
     network: torch.nn.Module
     config: FederationConfig
     device: torch.device
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to do with a subject, and which maps to keep besides the labels.
+
+    flips: average over the 8 mirror images, at 8 times the time.
+    probabilities, uncertainty: keep the maps; what is derived from them is computed anyway.
+    """
+
+    flips: bool = False
+    postprocess: PostProcessing = RECOMMENDED
+    probabilities: bool = False
+    uncertainty: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """One subject segmented; every array is on the subject's whole grid, (X, Y, Z) in RAS.
+
+    subject: its id.
+    labels: uint8 system labels.
+    brain: bool, where any modality is not 0.
+    probabilities: float32 (4, X, Y, Z) of the system labels before post-processing, or None.
+    entropy: float32, of those probabilities; 0 sure, 1 all four equally likely (entropy / ln 4),
+        or None.
+    spacing: mm; affine: 4x4, RAS voxel -> mm; file_affine: 4x4, the files' own voxel -> mm.
+    volumes_ml: of each of `common.brats.STRUCTURES`.
+    tumour_entropy: mean entropy inside the predicted whole tumour; None if there is none.
+    flip_agreement: mean Dice of the mirror images' whole tumours with the result's; None without flips.
+    features: what the warnings were decided from (`client.familiarity`).
+    warnings: what makes the input or the prediction doubtful, in words.
+    findings: what was found about the subject's files.
+    """
+
+    subject: str
+    labels: np.ndarray
+    brain: np.ndarray
+    probabilities: np.ndarray | None
+    entropy: np.ndarray | None
+    spacing: tuple[float, float, float]
+    affine: np.ndarray
+    file_affine: np.ndarray
+    volumes_ml: dict[str, float]
+    tumour_entropy: float | None
+    flip_agreement: float | None
+    features: Features
+    warnings: tuple[str, ...]
+    findings: tuple[Finding, ...]
 
 
 def load_model(path: Path) -> Model:
@@ -60,49 +120,129 @@ def load_model(path: Path) -> Model:
     return Model(network.to(device), config.model_copy(update={"training": here}), device)
 
 
-def segment_subject(
-    model: Model, subject: Subject, out: Path
-) -> tuple[dict[str, float] | None, list[Finding]]:
-    """Write the segmentation of one subject to `out` (.nii or .nii.gz).
+def segment(
+    model: Model,
+    subject: Subject,
+    options: Options | None = None,
+    reference: Reference | None = None,
+) -> tuple[Prediction | None, list[Finding]]:
+    """Segment one subject; a segmentation that lies beside the scan is not read.
 
     Returns:
-        The volume of each structure in millilitres, or None if the subject cannot be used; and what
-        was found about it.
+        The prediction, or None if the subject cannot be used; and what was found about its files.
+
+    Raises:
+        MemoryError: the subject is larger than any head, or than the memory.
     """
+    options = options or Options()
     recipe = recipe_of(model.config)
-    # a segmentation that lies beside the scan is none of our business here
     unlabelled = replace(subject, segmentation=None)
     scan, findings = examine(unlabelled, modalities=recipe.modalities, require_labels=False)
     if scan is None:
         return None, findings
     prepared = prepare(scan, recipe)
-    inside = predict(model.network, prepared.image, prepared.geometry, model.config, model.device)
-    labels = _in_whole_image(inside, prepared.geometry)
-    write_atomically(out, lambda temporary: _save(labels, scan, temporary, out))
+    geometry = prepared.geometry
+    scores, agreement = _scores(model, prepared.image, options.flips)
+    own = own_scores(scores, geometry)
+    labels = best_class(own)
+    probabilities = torch.softmax(own, dim=0).cpu().numpy()
+    del scores, own
+    entropy = normalised_entropy(probabilities)
+    labels = postprocess(labels, probabilities, scan.spacing, options.postprocess)
+
+    brain = brain_of(scan)
+    tumour = labels != BACKGROUND
+    tumour_entropy = float(entropy[tumour].mean()) if tumour.any() else None
     millilitres = float(np.prod(scan.spacing)) / 1000
-    return {
-        name: float(np.isin(labels, members).sum()) * millilitres
-        for name, members in STRUCTURES.items()
-    }, findings
+    codes = {finding.code for finding in findings}
+    labels = _in_whole_image(labels, geometry, BACKGROUND)
+    inside = int(np.count_nonzero(brain & (labels != BACKGROUND)))
+    features = input_features(scan) | prediction_features(
+        inside, int(np.count_nonzero(brain)), tumour_entropy, agreement
+    )
+    return Prediction(
+        subject=subject.id,
+        labels=labels,
+        brain=brain,
+        probabilities=_whole_probabilities(probabilities, geometry)
+        if options.probabilities
+        else None,
+        entropy=_in_whole_image(entropy, geometry, 0) if options.uncertainty else None,
+        spacing=scan.spacing,
+        affine=scan.affine,
+        file_affine=scan.file_affine,
+        volumes_ml={
+            name: float(np.isin(labels, members).sum()) * millilitres
+            for name, members in STRUCTURES.items()
+        },
+        tumour_entropy=tumour_entropy,
+        flip_agreement=agreement,
+        features=features,
+        warnings=tuple(judge(features, codes, reference)),
+        findings=tuple(findings),
+    ), findings
 
 
-def _in_whole_image(inside: np.ndarray, geometry: Geometry) -> np.ndarray:
-    whole = np.zeros(geometry.shape, np.uint8)
-    (x0, y0, z0), (x1, y1, z1) = geometry.truth_box
+def normalised_entropy(probabilities: np.ndarray) -> np.ndarray:
+    """float32 (X, Y, Z): -sum p ln p / ln 4 of probabilities (4, X, Y, Z); 0 sure, 1 clueless."""
+    entropy: np.ndarray = np.zeros(probabilities.shape[1:], np.float32)
+    for p in probabilities:  # one class at a time: four maps of logarithms would be 150 MB
+        entropy -= p * np.log(np.maximum(p, np.float32(1e-12)))
+    return np.clip(entropy / np.float32(math.log(N_CLASSES)), 0, 1)
+
+
+def save(prediction: Prediction, labels: Path) -> list[Path]:
+    """Write the labels to `labels` (.nii or .nii.gz), and the maps that were kept beside it.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    place = prediction.affine, prediction.file_affine
+    save_labels(labels, prediction.labels, *place)
+    probabilities, entropy = map_paths(labels)
+    written = [labels]
+    if prediction.probabilities is not None:
+        about = "fedbrats probabilities: background, NCR, ED, ET"
+        save_map(probabilities, prediction.probabilities, *place, about)
+        written.append(probabilities)
+    if prediction.entropy is not None:
+        save_map(entropy, prediction.entropy, *place, "fedbrats entropy, 0 sure to 1")
+        written.append(entropy)
+    return written
+
+
+def map_paths(labels: Path) -> tuple[Path, Path]:
+    """Where the probabilities and the entropy of a segmentation lie."""
+    suffix = ".nii.gz" if labels.name.endswith(".nii.gz") else ".nii"
+    stem = labels.name.removesuffix(suffix)
+    return (
+        labels.with_name(f"{stem}-probabilities{suffix}"),
+        labels.with_name(f"{stem}-entropy{suffix}"),
+    )
+
+
+def _scores(model: Model, image: np.ndarray, flips: bool) -> tuple[torch.Tensor, float | None]:
+    try:
+        if flips:
+            return flipped_scores(model.network, image, model.config, model.device)
+        return class_scores(model.network, image, model.config, model.device), None
+    except RuntimeError as error:  # torch's own are no MemoryErrors
+        full = isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+        if not full:
+            raise
+        raise MemoryError(str(error)) from error
+
+
+def _in_whole_image(inside: np.ndarray, geometry: Geometry, around: float) -> np.ndarray:
+    whole = np.full(geometry.shape, around, inside.dtype)
+    (x0, y0, z0), (x1, y1, z1) = geometry.box
     whole[x0:x1, y0:y1, z0:z1] = inside
     return whole
 
 
-def _save(labels: np.ndarray, scan: Scan, temporary: Path, out: Path) -> None:
-    to_file = {system: file for file, system in CODINGS["brats"].items()}
-    table = np.array([to_file[system] for system in range(len(to_file))], np.uint8)
-    back = ornt_transform(io_orientation(scan.affine), io_orientation(scan.file_affine))
-    own = np.ascontiguousarray(apply_orientation(table[labels], back))
-    image = nibabel.Nifti1Image(own, scan.file_affine)
-    image.set_qform(scan.file_affine, 1)
-    image.set_sform(scan.file_affine, 1)
-    image.header.set_xyzt_units("mm")
-    content = image.to_bytes()
-    if out.name.endswith(".gz"):
-        content = gzip.compress(content, 6, mtime=0)
-    temporary.write_bytes(content)
+def _whole_probabilities(inside: np.ndarray, geometry: Geometry) -> np.ndarray:
+    whole = np.zeros((N_CLASSES, *geometry.shape), np.float32)
+    (x0, y0, z0), (x1, y1, z1) = geometry.box
+    whole[BACKGROUND] = 1
+    whole[:, x0:x1, y0:y1, z0:z1] = inside
+    return whole

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from client.ledger import anchor_in
@@ -24,10 +24,11 @@ from sites.finding import Finding
 @dataclass(frozen=True)
 class Site:
     """`left_out` maps a subject that cannot be used to the reason, `patients` every training and
-    held-out subject to the patient whose scan it is. `budget` is None where nothing protects the
-    patients; `ledger` is where spending is written, None where nobody keeps one. `key` is the file of the
-    site's private key and `roster` the fingerprints of the keys that may be in a secure sum.
-    `tells_metrics` is False where the site's policy lets no mean leave, so that none is paid for."""
+    held-out subject to the patient whose scan it is, `grades` to HGG, LGG or "" where grades were
+    written. `budget` is None where nothing protects the patients; `ledger` is where spending is
+    written, None where nobody keeps one. `key` is the file of the site's private key and `roster` the
+    fingerprints of the keys that may be in a secure sum. `tells_metrics` is False where the site's
+    policy lets no mean leave, so that none is paid for."""
 
     name: str
     folder: Path
@@ -43,6 +44,7 @@ class Site:
     key: Path | None = None
     roster: tuple[str, ...] = ()
     tells_metrics: bool = True
+    grades: dict[str, str] = field(default_factory=dict)
 
     @property
     def anchor(self) -> Path:
@@ -65,6 +67,7 @@ def write_site(
     key: Path | None = None,
     roster: Sequence[str] = (),
     tells_metrics: bool = True,
+    grades: Mapping[str, str] | None = None,
 ) -> None:
     """Write `site.json` and `federation.yaml` for `load_site`.
 
@@ -73,12 +76,14 @@ def write_site(
     """
     folder.mkdir(parents=True, exist_ok=True)
     ids = [entry.id for entry in (*training, *held_out)]
+    known = grades or {}
     manifest = {
         "site": name,
         "trains": trains,
         "training": {entry.id: str(entry.folder) for entry in training},
         "held_out": {entry.id: str(entry.folder) for entry in held_out},
         "patients": {i: i if patients is None else patients[i] for i in ids},
+        "grades": {i: known[i] for i in ids if i in known},
         "federation": federation,
         "budget": budget and budget.model_dump(),
         "ledger": ledger and str(ledger.absolute()),
@@ -115,4 +120,5 @@ def load_site(folder: Path) -> Site:
         key=Path(manifest["key"]) if manifest["key"] else None,
         roster=tuple(manifest["roster"]),
         tells_metrics=manifest["tells_metrics"],
+        grades=manifest.get("grades", {}),  # runs of before have none
     )

@@ -112,7 +112,7 @@ def hd95(
     taking one percentile). Voxels at the edge of the image count as surface. `spacing` is in mm
     along each axis; `diagonal_mm` is the answer if exactly one mask is empty, and 0 if both are.
     """
-    box = _bounding_box(prediction_mask | truth_mask)
+    box = bounding_box(prediction_mask | truth_mask)
     if box is None:
         return 0.0
     prediction, truth = prediction_mask[box], truth_mask[box]
@@ -154,7 +154,7 @@ def subject_metrics(
     confusion[BACKGROUND, BACKGROUND] += outside
     scores = structure_scores(confusion)
     if surface_distances:
-        box = _bounding_box((prediction | truth) != BACKGROUND) or ()  # once for all structures
+        box = bounding_box((prediction | truth) != BACKGROUND) or ()  # once for all structures
         for structure, labels in STRUCTURES.items():
             member = np.isin(np.arange(N_CLASSES), labels)
             masks = member[prediction[box]], member[truth[box]]
@@ -200,7 +200,7 @@ def _ratio(part: int, whole: int) -> float:
     return part / whole if whole else math.nan
 
 
-def _bounding_box(mask: np.ndarray) -> tuple[slice, ...] | None:
+def bounding_box(mask: np.ndarray) -> tuple[slice, ...] | None:
     """The smallest box that holds every true voxel, or None if there is none."""
     box = []
     for axis in range(mask.ndim):

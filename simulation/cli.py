@@ -19,6 +19,7 @@ import typer
 from common.console import failing_in_words, run_program, standard_output, start_logging
 from server.dashboard_commands import dashboard_of_run
 from server.tracking_commands import track_run
+from simulation import evaluation_commands
 
 if TYPE_CHECKING:
     from simulation.run import Result
@@ -214,6 +215,9 @@ def results(
             print("\n".join(verdict(history).lines()))
 
 
+app.command()(evaluation_commands.evaluate)
+
+
 class Plant(StrEnum):
     """`simulation.planted_faults.PLANTS` without its imports."""
 
@@ -347,7 +351,7 @@ def _failing_in_words() -> Iterator[None]:
             yield
         except Exception as error:
             if findings := getattr(error, "findings", ()):
-                from client.cli import print_findings
+                from client.finding_table import print_findings
 
                 with redirect_stdout(sys.stderr):
                     print_findings(findings)

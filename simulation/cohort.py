@@ -29,13 +29,14 @@ from sites.subject import Discovery, Subject, discover
 @dataclass(frozen=True)
 class Cohort:
     """`lost_sites` have no usable subject left, so they take no part; they are always reported.
-    `patients` maps every subject of the data to its patient."""
+    `patients` maps every subject of the data to its patient, `grades` to HGG, LGG or ""."""
 
     sites: tuple[SiteCohort, ...]
     lost_sites: tuple[str, ...]
     unmapped: tuple[str, ...]
     findings: tuple[Finding, ...]
     patients: dict[str, str]
+    grades: dict[str, str]
 
     @property
     def errors_of_no_subject(self) -> tuple[Finding, ...]:
@@ -118,6 +119,7 @@ def assemble(data: Path, config: FederationConfig, cache: Path) -> Cohort:
         unmapped=split.unmapped,
         findings=findings,
         patients=patients,
+        grades=split.grades,
     )
     errors = [finding for finding in findings if finding.severity == "error"]
     if errors and config.on_bad_subject == "refuse":
@@ -166,6 +168,7 @@ def write_sites(cohort: Cohort, folder: Path, config: FederationConfig) -> dict[
             held_out=site.held_out,
             findings=site.findings,
             patients=cohort.patients,
+            grades=cohort.grades,
             key=keys.get(site.name),
             roster=roster,
             **_protection(folders[node], config),

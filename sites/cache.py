@@ -16,7 +16,7 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,17 +88,42 @@ def prepare_subjects(
     Raises:
         CacheError: the cache cannot be written (disk full, no permission).
     """
+    ready: list[CachedSubject] = []
+    findings: list[Finding] = []
+    with _open_cache(folder) as hashes:
+        for subject in track(subjects, f"{site}: preparing", len(subjects), "subjects"):
+            entry, found = _one(subject, recipe, folder, hashes, site, require_labels)
+            findings += found
+            if entry is not None:
+                ready.append(entry)
+    findings += same_patient_twice((site, entry.id, entry.digest) for entry in ready)
+    bad = {f.subject for f in findings if f.severity == "error"}
+    first: dict[str, str] = {}
+    twins = {e.id: first.setdefault(e.digest, e.id) for e in ready}
+    twins = {left_out: kept for left_out, kept in twins.items() if left_out != kept}
+    return Preparation(tuple(e for e in ready if e.id not in bad), tuple(findings), twins)
+
+
+def prepare_subject(
+    subject: Subject, recipe: Recipe, folder: Path, *, site: str, require_labels: bool = True
+) -> tuple[CachedSubject | None, list[Finding]]:
+    """The same for one subject, whom nobody compares with others; None if it cannot be used.
+
+    Raises:
+        CacheError: the cache cannot be written.
+    """
+    with _open_cache(folder) as hashes:
+        return _one(subject, recipe, folder, hashes, site, require_labels)
+
+
+@contextlib.contextmanager
+def _open_cache(folder: Path) -> Iterator[sqlite3.Connection]:
+    """The hashes of the cache in `folder`, made if need be; failing to write there is a CacheError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
-        ready: list[CachedSubject] = []
-        findings: list[Finding] = []
         with contextlib.closing(_open_hashes(folder)) as hashes:
-            for subject in track(subjects, f"{site}: preparing", len(subjects), "subjects"):
-                entry, found = _one(subject, recipe, folder, hashes, site, require_labels)
-                findings += found
-                if entry is not None:
-                    ready.append(entry)
+            yield hashes
     except (OSError, sqlite3.Error) as error:
         # numpy gives no reason for a write that stopped halfway
         reason = getattr(error, "strerror", "") or "the disk may be full"
@@ -108,12 +133,6 @@ def prepare_subjects(
             f"cache {folder}: cannot be written ({reason}). Free space there, or choose another "
             "folder for the cache."
         ) from error
-    findings += same_patient_twice((site, entry.id, entry.digest) for entry in ready)
-    bad = {f.subject for f in findings if f.severity == "error"}
-    first: dict[str, str] = {}
-    twins = {e.id: first.setdefault(e.digest, e.id) for e in ready}
-    twins = {left_out: kept for left_out, kept in twins.items() if left_out != kept}
-    return Preparation(tuple(e for e in ready if e.id not in bad), tuple(findings), twins)
 
 
 def load_entry(folder: Path) -> CachedSubject:

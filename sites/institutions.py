@@ -123,6 +123,12 @@ def grades_of(subjects: Sequence[Subject], root: Path) -> dict[str, str]:
     return {subject.id: _grade(subject, mapping) for subject in subjects}
 
 
+def grade_in_id(subject_id: str) -> str:
+    """ "HGG" or "LGG" of a subject of BraTS 2020, under its id of any year; "" for any other."""
+    ids = brats2020.range_of(brats2020.brats2020_id(subject_id) or subject_id)
+    return ids.grade if ids else ""
+
+
 def sizes(split: Split) -> dict[str, int]:
     """Site -> number of subjects."""
     return {site: len(subject_ids) for site, subject_ids in split.sites.items()}
@@ -209,8 +215,7 @@ def _token_in(mapping: Mapping[str, NameRow], subject_id: str) -> str | None:
 def _grade(subject: Subject, mapping: Mapping[str, NameRow]) -> str:
     older = brats2020.brats2020_id(subject.id) or subject.id
     row = mapping.get(subject.id) or mapping.get(older)
-    ids = brats2020.range_of(older)
-    return subject.grade or (row.grade if row else "") or (ids.grade if ids else "")
+    return subject.grade or (row.grade if row else "") or grade_in_id(subject.id)
 
 
 def _first_folder(subject: Subject, root: Path) -> str | None:

@@ -109,6 +109,33 @@ def prepare(scan: Scan, recipe: Recipe) -> Prepared:
     return Prepared(image, labels, truth, geometry)
 
 
+def own_scores(scores: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """The network's class scores (4, X, Y, Z) on the working grid, in the subject's own voxels.
+
+    Returns:
+        The same four scores for every voxel of `geometry.box`, by linear interpolation.
+    """
+    if scores.shape[1:] == geometry.box_shape:
+        return scores
+    return F.interpolate(
+        scores[None].float(), size=geometry.box_shape, mode="trilinear", align_corners=False
+    )[0]
+
+
+def best_class(scores: torch.Tensor) -> np.ndarray:
+    """uint8 labels (X, Y, Z): the class with the highest of the scores (4, X, Y, Z)."""
+    # max(dim) is several times faster than argmax(dim) on the CPU (notes/speed.md)
+    return scores.max(dim=0).indices.to(torch.uint8).cpu().numpy()
+
+
+def placed(inside: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """Labels of `geometry.box` inside `geometry.truth_box`; what is around the brain is background."""
+    labels = np.zeros(_extent(geometry.truth_box), np.uint8)
+    offset = np.subtract(geometry.box[0], geometry.truth_box[0])
+    labels[_slices((tuple(offset), tuple(offset + geometry.box_shape)))] = inside
+    return labels
+
+
 def restore(scores: torch.Tensor, geometry: Geometry) -> np.ndarray:
     """The network's class scores (4, X, Y, Z) on the working grid, as labels in the subject's voxels.
 
@@ -117,16 +144,7 @@ def restore(scores: torch.Tensor, geometry: Geometry) -> np.ndarray:
     Returns:
         uint8 labels inside `geometry.truth_box`; outside the brain box they are background.
     """
-    if scores.shape[1:] != geometry.box_shape:
-        scores = F.interpolate(
-            scores[None].float(), size=geometry.box_shape, mode="trilinear", align_corners=False
-        )[0]
-    # max(dim) is several times faster than argmax(dim) on the CPU (notes/speed.md)
-    inside = scores.max(dim=0).indices.to(torch.uint8).cpu().numpy()
-    labels = np.zeros(_extent(geometry.truth_box), np.uint8)
-    offset = np.subtract(geometry.box[0], geometry.truth_box[0])
-    labels[_slices((tuple(offset), tuple(offset + geometry.box_shape)))] = inside
-    return labels
+    return placed(best_class(own_scores(scores, geometry)), geometry)
 
 
 def _working_shape(geometry: Geometry, recipe: Recipe) -> Triple:

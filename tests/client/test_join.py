@@ -1148,7 +1148,20 @@ MAY = {
     "client/connection.py": {"httpx", "ssl"},
     "client/worker.py": {"multiprocessing"},  # its end of the pair of sockets
     "client/worker_process.py": {"multiprocessing", "subprocess"},
+    # they answer this machine's browser, and ask nobody
+    "client/viewer.py": {"fastapi", "starlette"},
+    "client/viewer_commands.py": {"webbrowser"},
+    "common/local_page.py": {
+        "http",
+        "ipaddress",
+        "socket",
+        "ssl",
+        "starlette",
+        "urllib",
+        "uvicorn",
+    },
 }
+PAGES = ("client.viewer", "client.viewing", "common.local_page")
 FLOWER_NETWORK = (
     *("flwr.supernode.", "flwr.superlink.", "flwr.client.", "flwr.server.", "flwr.cli."),
     *("flwr.serverapp.", "flwr.simulation.", "flwr.supercore.protobuf.", "flwr.supercore.grpc."),
@@ -1198,6 +1211,9 @@ def test_only_the_connection_can_reach_the_network(path):
             )
     if name != "client/join.py":
         assert not [m for m in found if m == "client.connection.Connection"], name
+    if not name.startswith("client/view"):  # nothing that has to do with a federation serves a page
+        served = [m for m in found if m.startswith(PAGES)]
+        assert not served or (name, served) == ("client/cli.py", ["client.viewer_commands"]), name
 
 
 def test_whatever_is_sent_was_released_in_the_lines_above():

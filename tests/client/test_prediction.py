@@ -1,31 +1,40 @@
-"""`fed-client predict`: a segmentation in the subject's own space, or one clear line."""
+"""A subject segmented: labels, probabilities and entropy in the subject's own space, or refused."""
 
 from __future__ import annotations
 
-import json
+import itertools
+import math
 import shutil
-import subprocess
-import sys
+from dataclasses import replace
+from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 import torch
+from scipy.stats import entropy as entropy_of
 
-from client.prediction import load_model
-from common.brats import CODINGS
+from client.evaluation import class_scores
+from client.evaluation import predict as labels_in_box
+from client.flips import flipped_scores
+from client.postprocessing import NONE
+from client.prediction import (
+    Model,
+    Options,
+    load_model,
+    normalised_entropy,
+    save,
+    segment,
+)
 from common.config import FederationConfig
-from common.model import initial_weights
+from common.model import initial_weights, network_for
 from common.weights import BadWeights, save_weights
 from sites.checks import examine
-from sites.preprocess import Geometry, prepare, recipe_of
-from sites.subject import discover
+from sites.preprocess import prepare, recipe_of
+from sites.subject import Subject, discover
 
-COMMAND = [sys.executable, "-c", "from client.cli import main; main()", "predict"]
-
-
-def predict(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True)
+BARE = Options(postprocess=NONE, probabilities=True, uncertainty=True)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -34,97 +43,135 @@ def config(tiny_config) -> FederationConfig:
 
 
 @pytest.fixture
-def subject(cohort_data, tmp_path):
-    """One subject's folder without its labels."""
-    source = sorted(path for path in cohort_data.iterdir() if path.is_dir())[0]
-    folder = tmp_path / source.name
-    shutil.copytree(source, folder)
-    (folder / f"{source.name}_seg.nii.gz").unlink()
-    return folder
+def subject(cohort_data) -> Subject:
+    return discover(cohort_data).subjects[0]
 
 
-@pytest.fixture
-def model(config, tmp_path):
-    path = tmp_path / "model.safetensors"
-    about = {"config": config.agreed(), "round": 1}
-    save_weights(path, initial_weights(config), about)
-    return path
+def model_of(config: FederationConfig) -> Model:
+    torch.manual_seed(0)
+    network = network_for(config)
+    for parameter in network.parameters():  # untrained ones say the same everywhere
+        parameter.data += torch.randn_like(parameter) * 0.3
+    return Model(network, config, CPU)
 
 
-def test_the_segmentation_has_the_subjects_own_grid_and_brats_labels(model, subject, tmp_path):
-    out = tmp_path / "out.nii.gz"
-    done = predict(model, subject, out, "--json")
-    assert done.returncode == 0, done.stderr
-    flair = nibabel.load(subject / f"{subject.name}_flair.nii.gz")
-    written = nibabel.load(out)
-    assert written.shape == flair.shape
-    np.testing.assert_array_equal(written.affine, flair.affine)
-    labels = np.asarray(written.dataobj)
-    assert set(np.unique(labels)) <= set(CODINGS["brats"])
-    volumes = json.loads(done.stdout)["millilitres"]
-    voxel = abs(np.linalg.det(flair.affine[:3, :3])) / 1000
-    assert volumes["ET"] == pytest.approx((labels == 4).sum() * voxel)
-    assert volumes["WT"] == pytest.approx((labels > 0).sum() * voxel)
+@pytest.mark.parametrize("mode", ["resample", "patches"])
+def test_without_flips_and_steps_the_labels_are_those_that_evaluation_measures(
+    mode, tiny_config, subject
+):
+    config = tiny_config(f"preprocess.mode={mode}", "training.patch=[32,32,32]")
+    model = model_of(config)
+    scan, _ = examine(subject, modalities=config.modalities, require_labels=False)
+    assert scan is not None
+    prepared = prepare(replace(scan, labels=None), recipe_of(config))
+    inside = labels_in_box(model.network, prepared.image, prepared.geometry, config, CPU)
+    expected = np.zeros(prepared.geometry.shape, np.uint8)
+    expected[tuple(slice(a, b) for a, b in zip(*prepared.geometry.box, strict=True))] = inside
+
+    made, _ = segment(model, subject, BARE)
+    assert made is not None
+    np.testing.assert_array_equal(made.labels, expected)
+    assert len(np.unique(made.labels)) > 1
+    assert made.probabilities is not None
+    assert made.entropy is not None
+    # the maps fit the labels
+    np.testing.assert_allclose(made.probabilities.sum(axis=0), 1, atol=1e-5)
+    assert (made.probabilities.argmax(axis=0) == made.labels).mean() > 0.9999
+    expected_entropy = entropy_of(made.probabilities, axis=0) / math.log(4)
+    np.testing.assert_allclose(made.entropy, expected_entropy, atol=1e-4)
+    tumour = made.labels > 0
+    assert made.tumour_entropy == pytest.approx(expected_entropy[tumour].mean(), abs=1e-4)
+    assert made.volumes_ml["WT"] == pytest.approx(tumour.sum() * np.prod(made.spacing) / 1000)
+    lean, _ = segment(model, subject, Options(postprocess=NONE))
+    assert lean is not None
+    assert (lean.probabilities, lean.entropy) == (None, None)
+    np.testing.assert_array_equal(lean.labels, made.labels)
+
+
+def test_entropy_is_0_where_sure_and_1_where_all_is_equally_likely():
+    probabilities = np.zeros((4, 1, 1, 2), np.float32)
+    probabilities[2, ..., 0] = 1
+    probabilities[..., 1] = 0.25
+    np.testing.assert_allclose(normalised_entropy(probabilities), [[[0, 1]]], atol=1e-6)
+
+
+def test_flips_are_the_mean_of_the_probabilities_of_the_mirror_images(config):
+    model = model_of(config)
+    image = np.random.default_rng(0).normal(size=(4, 32, 32, 32)).astype(np.float16)
+    scores, agreement = flipped_scores(model.network, image, config, CPU)
+    singles = []
+    for x, y, z in itertools.product((1, -1), repeat=3):
+        mirrored = image[:, ::x, ::y, ::z].copy()
+        p = torch.softmax(class_scores(model.network, mirrored, config, CPU), dim=0).numpy()
+        singles.append(p[:, ::x, ::y, ::z])
+    mean = np.mean(singles, axis=0)
+    np.testing.assert_allclose(torch.softmax(scores, dim=0).numpy(), mean, atol=1e-5)
+    together = mean.argmax(axis=0) > 0
+    tumours = [p.argmax(axis=0) > 0 for p in singles]
+    dice = [2 * (t & together).sum() / (t.sum() + together.sum()) for t in tumours]
+    assert agreement == pytest.approx(np.mean(dice), abs=1e-3)
+    assert np.ptp(singles, axis=0).max() > 0.01  # the mirror images are not all the same
+
+
+def test_a_network_that_flips_with_its_input_agrees_with_itself(config):
+    class Voxelwise(torch.nn.Module):
+        def forward(self, images):
+            return images * 3
+
+    image = np.random.default_rng(0).normal(size=(4, 8, 8, 8)).astype(np.float16)
+    scores, agreement = flipped_scores(Voxelwise(), image, config, CPU)
+    assert agreement == 1
+    plain = class_scores(Voxelwise(), image, config, CPU)
+    np.testing.assert_allclose(torch.softmax(scores, 0), torch.softmax(plain, 0), atol=1e-6)
 
 
 @pytest.mark.parametrize("axes", ["LPS", "RAS", "PIR"])
-def test_voxels_come_out_where_the_image_had_them(
-    axes, config, cohort_data, subject, tmp_path, monkeypatch
-):
-    """With a perfect network the written labels are the true ones, in any orientation."""
+def test_voxels_come_out_where_the_image_had_them(axes, config, cohort_data, tmp_path, monkeypatch):
+    """With a perfect network the written labels are the true ones, in any orientation; the maps too."""
     import client.prediction as prediction
 
-    truth = nibabel.load(cohort_data / subject.name / f"{subject.name}_seg.nii.gz")
+    source = next(path for path in sorted(cohort_data.iterdir()) if path.is_dir())
+    folder = tmp_path / source.name
+    shutil.copytree(source, folder)
     turned = nibabel.orientations.axcodes2ornt(axes)
-    for path in subject.glob("*.nii.gz"):
+    for path in folder.glob("*.nii.gz"):
         image = nibabel.load(path)
         change = nibabel.orientations.ornt_transform(nibabel.io_orientation(image.affine), turned)
         nibabel.save(image.as_reoriented(change), path)
-    change = nibabel.orientations.ornt_transform(nibabel.io_orientation(truth.affine), turned)
-    truth = truth.as_reoriented(change)
-    nibabel.save(truth, subject / f"{subject.name}_seg.nii.gz")
-    found = discover(subject).subjects[0]
+    truth = nibabel.load(folder / f"{source.name}_seg.nii.gz")
+    found = discover(folder).subjects[0]
     scan, _ = examine(found, modalities=config.modalities)
     assert scan is not None
-    perfect = prepare(scan, recipe_of(config))
+    assert scan.labels is not None
+    probability = np.array([0.1, 0.1, 0.3, 0.7])  # of the true label; the rest is spread evenly
 
-    def true_labels(network, image, geometry: Geometry, *rest):
-        assert geometry == perfect.geometry
-        return perfect.truth
+    def true_scores(model, image, flips):
+        (x0, y0, z0), (x1, y1, z1) = prepare(scan, recipe_of(config)).geometry.box
+        inside = scan.labels[x0:x1, y0:y1, z0:z1]
+        return torch.log(true_probabilities(inside)), None
 
-    monkeypatch.setattr(prediction, "predict", true_labels)
-    loaded = prediction.Model(torch.nn.Identity(), config, torch.device("cpu"))
-    out = tmp_path / "out.nii"
-    volumes, _ = prediction.segment_subject(loaded, found, out)
-    assert volumes is not None
-    np.testing.assert_array_equal(np.asarray(nibabel.load(out).dataobj), np.asarray(truth.dataobj))
+    def true_probabilities(labels):
+        others = (1 - probability[labels]) / 3
+        others[labels < 2] = 0.03
+        p = np.broadcast_to(others, (4, *labels.shape)).copy()
+        np.put_along_axis(p, labels[None].astype(int), 1 - 3 * others[None], axis=0)
+        return torch.from_numpy(p.astype(np.float32))
 
-
-def test_an_unusable_subject_is_named_and_nothing_is_written(model, subject, tmp_path):
-    (subject / f"{subject.name}_t1ce.nii.gz").write_bytes(b"not an image")
-    done = predict(model, subject, tmp_path / "out.nii.gz")
-    assert done.returncode == 1
-    assert f"{subject.name}_t1ce.nii.gz" in done.stdout
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out.nii.gz").exists()
-
-
-def test_a_damaged_segmentation_beside_the_scan_does_not_matter(model, subject, tmp_path):
-    (subject / f"{subject.name}_seg.nii.gz").write_bytes(b"not an image")
-    done = predict(model, subject, tmp_path / "out.nii.gz")
-    assert done.returncode == 0, done.stdout
-    assert (tmp_path / "out.nii.gz").exists()
-
-
-def test_wrong_usage_and_wrong_models_are_one_line(model, subject, tmp_path):
-    assert predict(model, subject, tmp_path / "out.png").returncode == 2
-    assert predict(model, tmp_path / "gone", tmp_path / "out.nii").returncode == 2
-    assert predict(tmp_path / "gone", subject, tmp_path / "out.nii").returncode == 2
-    garbage = tmp_path / "garbage.safetensors"
-    garbage.write_bytes(b"pickle")
-    done = predict(garbage, subject, tmp_path / "out.nii")
-    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
-    assert "garbage.safetensors" in done.stderr
+    monkeypatch.setattr(prediction, "_scores", true_scores)
+    made, _ = segment(Model(torch.nn.Identity(), config, CPU), found, BARE)
+    assert made is not None
+    labels, probabilities, entropy = save(made, tmp_path / "out.nii")
+    np.testing.assert_array_equal(np.asarray(nibabel.load(labels).dataobj), truth.dataobj)
+    written = nibabel.load(probabilities)
+    assert written.shape == (*truth.shape, 4)
+    np.testing.assert_allclose(written.affine, truth.affine)
+    # NCR and ED stand out in the files' own axes too; half a step of 1/255 is the most that is lost
+    values = written.get_fdata()
+    true = np.asarray(truth.dataobj)
+    assert np.abs(values[true == 4] - [0.1, 0.1, 0.1, 0.7]).max() <= 0.5 / 255 + 1e-6
+    assert np.abs(values[true == 2] - [7 / 30, 7 / 30, 0.3, 7 / 30]).max() <= 0.5 / 255 + 1e-6
+    of_et = entropy_of([0.1, 0.1, 0.1, 0.7]) / math.log(4)
+    assert np.abs(nibabel.load(entropy).get_fdata()[true == 4] - of_et).max() <= 0.5 / 255 + 1e-6
 
 
 def test_a_model_that_does_not_fit_its_configuration_is_refused(config, tmp_path):
@@ -142,3 +189,21 @@ def test_a_model_that_does_not_fit_its_configuration_is_refused(config, tmp_path
     save_weights(path, weights, {"config": impossible})
     with pytest.raises(BadWeights, match="no configuration"):
         load_model(path)
+
+
+def test_an_unusable_subject_gives_no_prediction(config, subject, tmp_path):
+    broken = tmp_path / "t1.nii.gz"
+    broken.write_bytes(b"not an image")
+    images = dict(subject.images) | {"t1": Path(broken)}
+    made, findings = segment(model_of(config), replace(subject, images=images))
+    assert made is None
+    assert [f.file for f in findings if f.severity == "error"] == ["t1.nii.gz"]
+
+
+def test_torchs_own_error_of_a_full_memory_is_a_memory_error(config, subject):
+    class Greedy(torch.nn.Module):
+        def forward(self, images):
+            return torch.empty(1, 4, 10**6, 10**6, 10**3)
+
+    with pytest.raises(MemoryError):
+        segment(Model(Greedy(), config, CPU), subject)

@@ -124,10 +124,8 @@ def test_the_sum_is_the_plain_weighted_mean(tmp_path: Path, sites: int) -> None:
 
 @pytest.mark.parametrize("how", [UNHEARD, LOST])
 @pytest.mark.parametrize("stage", [TRAIN, SHARES, MASKED, AGREE, UNMASK])
-@pytest.mark.parametrize("sites", [10, 23])
-def test_as_many_as_promised_may_vanish_at_any_stage(
-    tmp_path: Path, sites: int, stage: str, how: str
-) -> None:
+def test_as_many_as_promised_may_vanish_at_any_stage(tmp_path: Path, stage: str, how: str) -> None:
+    sites = 10  # with 23, several stages of one round below; each stage with 23 is 100 CPU seconds
     grid = federation(tmp_path, sites)
     gone = random.Random(f"{sites}{stage}{how}").sample(range(sites), most_dropouts(sites))
     grid.faults = {(stage, node): how for node in gone}

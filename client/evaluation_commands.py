@@ -1,0 +1,95 @@
+"""`fed-client evaluate`: a model's scores on a hospital's own labelled subjects.
+
+Heavy imports happen inside the command, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.console import failing_in_words, printable, standard_output, start_logging
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A model.safetensors.")],
+    data: Annotated[Path, typer.Argument(help="Folder with labelled subjects in BraTS layout.")],
+    site: Annotated[str, typer.Option(help="Name to report; the folder's by default.")] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results; without it they are only printed.")
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that keeps prepared subjects, which are scans; default: none is."
+        ),
+    ] = None,
+    confidence: Annotated[
+        float, typer.Option(min=0.5, max=0.999, help="Of the bootstrap intervals.")
+    ] = 0.95,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document on standard output.")
+    ] = False,
+) -> None:
+    """Measure a model on your own labelled subjects: Dice, IoU, HD95, lesion-wise scores, intervals.
+
+    Nothing leaves the machine. With --out: evaluation.json, subjects.csv, summary.csv. Time points of one
+    patient are told by their names or by DATA/patients.csv. For research; not a medical device. Exit
+    code 0: done, though subjects that cannot be used may be left out. 1: no subject or no model can be
+    used. 2: wrong usage.
+    """
+    start_logging()
+    with failing_in_words("fed-client", _foreseen):
+        if not model.is_file():
+            raise typer.BadParameter(f"{model} is no file.", param_hint="MODEL")
+        if not data.is_dir():
+            raise typer.BadParameter(f"{data} is no folder.", param_hint="DATA")
+        for folder, option in ((out, "--out"), (cache, "--cache")):
+            if folder is not None and folder.exists() and not folder.is_dir():
+                raise typer.BadParameter(f"{folder} is no folder.", param_hint=option)
+        from client.hospital_evaluation import NoUsableSubject, evaluate_folder
+        from common.evaluation_document import as_json as json_text
+        from common.evaluation_document import require_writable, write_evaluation
+        from common.evaluation_table import evaluation_tables
+
+        if out is not None:
+            require_writable(out)
+        try:
+            document = evaluate_folder(
+                model,
+                data,
+                site=site or data.resolve().name,
+                cache=cache,
+                confidence=confidence,
+            )
+        except NoUsableSubject as error:
+            from client.finding_table import print_findings
+
+            with redirect_stdout(sys.stderr):
+                print_findings(error.findings)
+            raise
+        written = write_evaluation(document, out) if out is not None else ()
+        if as_json:
+            print(json_text(document))
+            return
+        from client.finding_table import print_findings
+        from sites.finding import Finding
+
+        print_findings([Finding(**found) for found in document["findings"]])
+        standard_output().print(evaluation_tables(document))
+        if written:
+            print("Results: " + ", ".join(printable(str(path)) for path in written))
+
+
+def _foreseen() -> tuple[type[Exception], ...]:
+    from common.evaluation_document import EvaluationError
+    from common.weights import BadWeights
+    from sites.cache import CacheError
+    from sites.institutions import SplitError
+    from sites.patients import PatientsError
+
+    return BadWeights, CacheError, EvaluationError, PatientsError, SplitError

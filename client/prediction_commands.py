@@ -1,0 +1,321 @@
+"""`fed-client predict`: one patient, or a folder of them, segmented with a trained model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from client.finding_table import print_findings
+from common.console import FAILED, USAGE, complain, failing_in_words, many, printable, start_logging
+
+if TYPE_CHECKING:
+    from client.postprocessing import PostProcessing
+    from client.prediction_folder import Job
+    from client.prediction_summary import Summary
+    from sites.finding import Finding
+    from sites.subject import Discovery
+
+NAME = "fed-client"
+SUFFIXES = (".nii", ".nii.gz")
+STEPS = "Post-processing, one step"
+MAPS = "Maps, and how far to trust them"
+
+
+def predict(
+    model: Annotated[Path, typer.Argument(help="A run's model.safetensors.")],
+    subjects: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SUBJECT_OR_FOLDER",
+            help="One subject's folder, or a folder of several; no labels needed.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(help="One subject's segmentation (.nii or .nii.gz), or a folder for all."),
+    ],
+    flips: Annotated[
+        bool,
+        typer.Option(help="Average over the 8 mirror images: steadier, and 8 times the time."),
+    ] = False,
+    postprocess: Annotated[
+        str, typer.Option(help="none, reference (the published study's steps) or recommended.")
+    ] = "recommended",
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01, max=0.99, help="Probability of tumour a voxel needs.", rich_help_panel=STEPS
+        ),
+    ] = None,
+    opening_mm: Annotated[
+        float | None,
+        typer.Option(min=0, max=20, help="Radius; 0 is off.", rich_help_panel=STEPS),
+    ] = None,
+    closing_mm: Annotated[
+        float | None,
+        typer.Option(min=0, max=20, help="Radius; 0 is off.", rich_help_panel=STEPS),
+    ] = None,
+    fill_holes: Annotated[
+        bool | None,
+        typer.Option(
+            "--fill-holes/--no-fill-holes",
+            help="What the tumour encloses is tumour.",
+            rich_help_panel=STEPS,
+        ),
+    ] = None,
+    smallest_mm3: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Smaller pieces of a region are removed; 0 is off.", rich_help_panel=STEPS
+        ),
+    ] = None,
+    tiny_et_mm3: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Less ET than this in all becomes NCR; 0 is off.", rich_help_panel=STEPS
+        ),
+    ] = None,
+    probabilities: Annotated[
+        bool,
+        typer.Option(
+            "--probabilities", help="Write the four classes' probabilities.", rich_help_panel=MAPS
+        ),
+    ] = False,
+    uncertainty: Annotated[
+        bool,
+        typer.Option(
+            "--uncertainty", help="Write the entropy of every voxel.", rich_help_panel=MAPS
+        ),
+    ] = False,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="Warn of a subject that is unlike those of this file.", rich_help_panel=MAPS
+        ),
+    ] = None,
+    write_reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write such a file from these subjects; it stays with you.", rich_help_panel=MAPS
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document on standard output.")
+    ] = False,
+) -> None:
+    """Segment patients, in the grid and orientation of their own files.
+
+    For research; not a medical device. A folder that was begun is continued by the same command.
+    Exit code 0: written. 1: a subject or the model cannot be used. 2: wrong usage.
+    """
+    start_logging()
+    single = _is_one_file(out)
+    if not subjects.is_dir():
+        raise typer.BadParameter(f"{subjects} is no folder.", param_hint="SUBJECT_OR_FOLDER")
+    if not model.is_file():
+        raise typer.BadParameter(f"{model} is no file.", param_hint="MODEL")
+    if single and write_reference is not None:
+        raise typer.BadParameter(
+            "goes with a folder of subjects and a folder OUT.", param_hint="--write-reference"
+        )
+    steps = _steps(
+        postprocess,
+        {
+            "threshold": threshold,
+            "opening_mm": opening_mm,
+            "closing_mm": closing_mm,
+            "fill_holes": fill_holes,
+            "smallest_mm3": smallest_mm3,
+            "tiny_et_mm3": tiny_et_mm3,
+        },
+    )
+    with failing_in_words(NAME, _foreseen, interrupted="; type the same to continue"):
+        from client.familiarity import load_reference
+        from client.prediction import Options, load_model
+        from client.prediction_folder import Job
+        from common.weights import file_sha256
+        from sites.subject import discover
+
+        loaded = load_model(model)
+        digest = file_sha256(model)
+        usual = None if reference is None else load_reference(reference, model=digest, flips=flips)
+        job = Job(loaded, digest, Options(flips, steps, probabilities, uncertainty), usual)
+        discovery = discover(subjects, modalities=loaded.config.modalities)
+        if single:
+            _one(job, discovery, subjects, out, as_json)
+        else:
+            _all(job, discovery, subjects, out, write_reference, as_json)
+
+
+def _foreseen() -> tuple[type[Exception], ...]:
+    from client.familiarity import BadReference
+    from client.prediction_folder import Clash
+    from common.files import AlreadyInUse
+    from common.weights import BadWeights
+
+    return BadWeights, BadReference, Clash, AlreadyInUse
+
+
+def _is_one_file(out: Path) -> bool:
+    if out.is_dir():
+        return False
+    if out.name.endswith(SUFFIXES):
+        return True
+    if out.exists() or out.suffix:  # a new folder's name has no dot: that would be a typing error
+        raise typer.BadParameter(
+            f"{out} must end in .nii or .nii.gz, or be a folder.", param_hint="OUT"
+        )
+    return False
+
+
+def _steps(preset: str, overrides: dict[str, Any]) -> PostProcessing:
+    from dataclasses import replace
+
+    from client.postprocessing import PRESETS
+
+    if preset not in PRESETS:
+        raise typer.BadParameter(
+            f"{preset!r} is not one of {', '.join(PRESETS)}.", param_hint="--postprocess"
+        )
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return replace(PRESETS[preset], **given)
+
+
+def _one(job: Job, discovery: Discovery, folder: Path, out: Path, as_json: bool) -> None:
+    from client.prediction import RESEARCH_ONLY, save, segment
+    from client.prediction_folder import model_words, refuse_clashes, too_large
+    from client.prediction_summary import in_words, summary_of
+
+    if len(discovery.subjects) > 1:
+        complain(
+            NAME,
+            f"{folder} holds {len(discovery.subjects)} subjects; give one subject's folder, "
+            "or a folder as OUT.",
+        )
+        raise typer.Exit(USAGE)
+    findings = list(discovery.findings)
+    prediction = None
+    written: list[Path] = []
+    if discovery.subjects:
+        subject = discovery.subjects[0]
+        refuse_clashes([subject], [out])
+        try:
+            prediction, found = segment(job.model, subject, job.options, job.reference)
+        except MemoryError:
+            found = [too_large(subject)]
+        findings += found
+        if prediction is not None:
+            try:
+                written = save(prediction, out)
+            except OSError as error:
+                complain(NAME, f"{out} cannot be written: {error.strerror}.")
+                raise typer.Exit(FAILED) from None
+    summary = None if prediction is None else summary_of(prediction)
+    if as_json:
+        document = {
+            "note": RESEARCH_ONLY,
+            "written": str(out) if written else None,
+            "files": [str(path) for path in written],
+            "model": model_words(job),
+            "millilitres": None,
+            **(summary or {}),
+            "findings": [finding.as_dict() for finding in findings],
+        }
+        print(json.dumps(document, indent=2))
+    else:
+        print_findings(findings)
+    if summary is None:
+        complain(NAME, f"{folder} cannot be segmented; nothing was written.")
+        raise typer.Exit(FAILED)
+    if not as_json:
+        for warning in summary["warnings"]:
+            print(f"warning: {printable(warning)}.")
+        print(f"{printable(str(out))}: {in_words(summary)}. {RESEARCH_ONLY}")
+
+
+def _all(
+    job: Job,
+    discovery: Discovery,
+    folder: Path,
+    out: Path,
+    write_reference: Path | None,
+    as_json: bool,
+) -> None:
+    from client.familiarity import reference_of, save_reference
+    from client.prediction import RESEARCH_ONLY
+    from client.prediction_folder import segment_all
+
+    known = {subject.id for subject in discovery.subjects}
+    errors = [f for f in discovery.findings if f.severity == "error"]
+    unusable = [f for f in errors if f.subject and f.subject not in known]
+    of_no_subject = [f for f in discovery.findings if f not in unusable]
+    if not known and not unusable:
+        print_findings(discovery.findings)
+        complain(NAME, f"{folder} cannot be segmented; nothing was written.")
+        raise typer.Exit(FAILED)
+    summaries = segment_all(job, discovery.subjects, unusable, out)
+    done = [summary for summary in summaries if summary["files"]]
+    if write_reference is not None:
+        features = [summary["features"] for summary in done]
+        made = reference_of(features, model=job.model_sha256, flips=job.options.flips)
+        save_reference(write_reference, made)
+    if as_json:
+        document = {
+            "note": RESEARCH_ONLY,
+            "folder": str(out),
+            "subjects": summaries,
+            "findings": [finding.as_dict() for finding in of_no_subject],
+        }
+        print(json.dumps(document, indent=2))
+    else:
+        _print_findings(of_no_subject, summaries)
+        _print_table(summaries)
+        warned = sum(bool(summary["warnings"]) for summary in done)
+        print(
+            f"{printable(str(out))}: {many(len(done), 'subject')} segmented, "
+            f"{len(summaries) - len(done)} not, {warned} with warnings. {RESEARCH_ONLY}"
+        )
+    if len(done) < len(summaries) or any(f.severity == "error" for f in of_no_subject):
+        raise typer.Exit(FAILED)
+
+
+def _print_findings(findings: Sequence[Finding], summaries: Sequence[Summary]) -> None:
+    from sites.finding import Finding as Record
+
+    listed = [Record(**finding) for summary in summaries for finding in summary["findings"]]
+    print_findings([*findings, *listed])
+
+
+def _print_table(summaries: Sequence[Summary]) -> None:
+    from rich.box import ASCII2, ROUNDED
+    from rich.table import Table
+    from rich.text import Text
+
+    from common.brats import STRUCTURES
+    from common.console import standard_output
+
+    console = standard_output()
+    table = Table(box=ROUNDED if console.is_terminal else ASCII2, show_lines=console.is_terminal)
+    table.add_column("subject", overflow="fold")
+    for structure in STRUCTURES:
+        table.add_column(f"{structure} ml", justify="right", no_wrap=True)
+    table.add_column("entropy", justify="right", no_wrap=True)
+    for heading in ("location", "warnings"):
+        table.add_column(heading, overflow="fold")
+    for summary in summaries:
+        volumes = summary["millilitres"] or {}
+        entropy = summary.get("tumour_entropy")
+        location = (summary.get("location") or {}).get("text", "")
+        remark = "; ".join(summary["warnings"]) if summary["files"] else "not segmented"
+        table.add_row(
+            Text(printable(summary["subject"]).replace("\n", "?")),
+            *(f"{volumes[name]:.1f}" if name in volumes else "" for name in STRUCTURES),
+            "" if entropy is None else f"{entropy:.2f}",
+            Text(printable(str(location))),
+            Text(printable(remark)),
+        )
+    console.print(table)
