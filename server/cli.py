@@ -22,7 +22,7 @@ from common.console import (
     standard_output,
     start_logging,
 )
-from server import audit_commands, running
+from server import audit_commands, report_commands, running
 
 app = typer.Typer(
     help="What the coordinator runs: make a federation and enrol its hospitals.",
@@ -320,7 +320,13 @@ def privacy_report(
         print(f"Page: {out}")
 
 
-for command in (running.start, running.status, running.stop, running.export):
+for command in (
+    running.start,
+    running.status,
+    running.stop,
+    running.export,
+    report_commands.report,
+):
     app.command()(command)
 app.add_typer(audit_commands.app, name="audit")
 
