@@ -68,11 +68,11 @@ def case_of(
     brain = np.asarray(channels != 0).any(axis=0)
     geometry = subject.geometry
     low, high = np.percentile(image[brain], (1, 99.5)) if brain.any() else (0.0, 1.0)
-    bright: np.ndarray = np.clip((image - low) / max(float(high - low), 1e-6), 0, 1)
+    bright: Any = np.clip((image - low) / max(float(high - low), 1e-6), 0, 1)
     return Case(
         subject=subject.id,
         modality=modality,
-        image=_to_own_voxels(bright * brain, geometry, "trilinear"),
+        image=_to_own_voxels(np.asarray(bright * brain), geometry, "trilinear"),
         brain=_to_own_voxels(brain.astype(np.float32), geometry, "trilinear") > 0.5,
         truth=np.asarray(subject.truth()),
         prediction=predict(network, np.asarray(channels), geometry, config, device),

@@ -22,14 +22,14 @@ from common.figures import GREY, LABEL_COLOURS, new_figure, styled
 
 FINEST = 64  # cells along a tumour's longest side; more triangles show no more
 BRAIN_CELLS = 40  # the same of the brain's faint outline
-OPACITY = {"ED": 0.22, "NCR": 1.0, "ET": 0.85}
+OPACITY = {"ED": 0.1, "NCR": 1.0, "ET": 0.5}
 LIGHT = np.array([0.4, 0.7, 0.6]) / np.linalg.norm([0.4, 0.7, 0.6])
 
 
 @styled
 def scene_figure(case: Case, title: str) -> Figure:
     """The tumour's surfaces inside a faint brain: truth on the left, prediction on the right."""
-    figure = new_figure(4.6)
+    figure = new_figure(4.3)
     figure.suptitle(title, x=0.01, ha="left", fontsize=9.5)
     brain = _surface(case.brain, case.spacing, BRAIN_CELLS, smooth=1.5)
     for place, (what, labels) in enumerate(
@@ -37,7 +37,7 @@ def scene_figure(case: Case, title: str) -> Figure:
     ):
         axes = figure.add_subplot(1, 2, place, projection="3d", computed_zorder=False)
         assert isinstance(axes, Axes3D)
-        parts = [(brain, GREY, 0.035)]
+        parts = [(brain, GREY, 0.03)]
         for name, label in LABELS:
             surface = _surface(labels == label, case.spacing, FINEST, smooth=0.8)
             parts.append((surface, LABEL_COLOURS[name], OPACITY[name]))
@@ -45,10 +45,10 @@ def scene_figure(case: Case, title: str) -> Figure:
         size = np.multiply(labels.shape, case.spacing)
         for setter, length in zip((axes.set_xlim, axes.set_ylim, axes.set_zlim), size, strict=True):
             setter(0, length)
-        axes.set_box_aspect(size, zoom=1.25)
+        axes.set_box_aspect(tuple(size), zoom=1.4)  # which changes an array
         axes.view_init(elev=15, azim=55)
         axes.set_axis_off()
-        axes.set_title(what, loc="center", y=0.95)
+        axes.set_title(what, loc="center", y=1.0)
         middle = size / 2
         for at, text in (
             ((size[0] * 1.06, middle[1], middle[2]), "R"),

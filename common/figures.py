@@ -25,6 +25,7 @@ from markupsafe import Markup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from PIL import Image
 
 from common.console import plain
 from common.files import write_atomically
@@ -42,6 +43,7 @@ REGION_STYLES = {  # colour, dashes and marker of each region, the same in every
 }
 LABEL_COLOURS = {"NCR": SKY, "ED": YELLOW, "ET": VERMILLION}  # on a grey scan, dark to bright
 WIDTH = 9.6  # inches: a page's full width at a size at which its text is as large as the page's
+FINER = 3  # along each side
 NAME_LENGTH = 24  # characters of a site's name in a figure
 STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a name may hold dollar signs
@@ -131,7 +133,7 @@ def draw(figure: Figure, folder: Path, name: str, alt: str, *, photo: bool = Fal
 
 def draw_pixels(figure: Figure, folder: Path, name: str, alt: str) -> Drawn:
     """As `draw`, of a figure that as an SVG would be tens of megabytes: a PNG only."""
-    png = _png(figure, dpi=110)
+    png = _smooth(_png(figure, dpi=110 * FINER))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.png"
     write_atomically(path, lambda temporary: _write(temporary, png))
@@ -160,6 +162,13 @@ def _png(figure: Figure, dpi: int) -> bytes:
     file = io.BytesIO()
     with _quiet():
         figure.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
+    return file.getvalue()
+
+
+def _smooth(png: bytes) -> bytes:
+    """Every pixel the mean of FINER x FINER: what is drawn of triangles shows its seams otherwise."""
+    image, file = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
+    image.reduce(FINER).save(file, format="png", optimize=True)
     return file.getvalue()
 
 

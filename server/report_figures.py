@@ -51,7 +51,7 @@ def curves(records: Records, sites: Sequence[str], chosen: int | None) -> Figure
         means = [_mean([_mean_of_regions(m, metric) for m in r.metrics.values()]) for r in records]
         axes.plot(_numbers(records), means, color=BLACK, linewidth=3, label="mean over sites")
         _share_axes(axes, records, f"{SPELLED[metric]}, mean of WT, TC and ET")
-        _mark_chosen(axes, chosen)
+        _mark_chosen(axes, records, chosen)
     if told:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
     return figure
@@ -185,7 +185,7 @@ def boxes_over_subjects(
     values: Mapping[str, Mapping[str, Sequence[float]]], metric: str, structures: Sequence[str]
 ) -> Figure:
     """Site -> structure -> a value for each subject; a panel for each structure, a box for each site."""
-    figure = new_figure(1.9 * len(structures) + 0.5)
+    figure = new_figure(1.6 * len(structures) + 0.4)
     shared: Axes | None = None
     for place, structure in enumerate(structures, start=1):
         axes = figure.add_subplot(len(structures), 1, place, sharex=shared)
@@ -232,7 +232,7 @@ def box_and_points(
         axes.plot([column - 0.25, column + 0.25], [median, median], color=BLACK, linewidth=2)
     # side by side in an order that depends on nothing but the values
     across = np.linspace(-0.16, 0.16, len(found)) if len(found) > 1 else np.zeros(1)
-    axes.scatter(column + across, found, s=17, marker=marker, color=colour, alpha=0.85, zorder=3,
+    axes.scatter(column + across, found, s=30, marker=marker, color=colour, alpha=0.85, zorder=3,
                  linewidth=0.4, edgecolor="white")  # fmt: skip
 
 
@@ -251,15 +251,17 @@ def _share_axes(axes: Axes, records: Records, title: str, *, top: float | None =
     axes.set_xlim(0.5, last + 0.5)
 
 
-def _mark_chosen(axes: Axes, chosen: int | None) -> None:
+def _mark_chosen(axes: Axes, records: Records, chosen: int | None) -> None:
     if chosen is None:
         return
+    late = chosen > records[-1].round / 2
     axes.axvline(chosen, color=GREY, linestyle=(0, (2, 2)), linewidth=1, zorder=1)
     axes.annotate(
         "chosen",
         (chosen, 0.01),
         xycoords=("data", "axes fraction"),
-        xytext=(3, 2),
+        xytext=(-3 if late else 3, 2),
+        ha="right" if late else "left",
         textcoords="offset points",
         color=GREY,
         fontsize=8,

@@ -93,7 +93,7 @@ def coordinators_report(
     return report_of(
         recorded,
         sections,
-        title=f"Federation {name}",
+        title=f"Report of the federation “{name}”",
         planned=config.get("rounds", {}).get("number"),
         about=f" from the coordinator's history of federation {federation}.",
         running=running,
@@ -327,7 +327,9 @@ def configuration(recorded: Recorded, config: Mapping[str, Any]) -> Section:
     text = []
     if len(recorded.terms) > 1:
         text.append("The terms changed between rounds; below are the last ones.")
-    listing = yaml.safe_dump(dict(config), sort_keys=False) if config else ""
+    listing = (
+        yaml.safe_dump(dict(config), sort_keys=False, default_flow_style=None) if config else ""
+    )
     if not config:
         text.append("The history holds no configuration.")
     return Section("configuration", "Configuration and versions", text,

@@ -102,7 +102,7 @@ def simulations_report(run: Path) -> Report:
     return report_of(
         recorded,
         sections,
-        title=f"Simulation {config.name}",
+        title=f"Report of the simulation “{config.name}”",
         planned=config.rounds.number,
         about=f" from the run in {run.resolve()}.",
         running=lock_holder(folder.lock) is not None,
@@ -329,10 +329,11 @@ def _pictures(
         f"Slices of {many(len(cases), 'subject')} in three planes with prediction and truth: "
         + "; ".join(titles),
         f"Each plane is the one with most tumour in truth, on {cases[0].modality.upper()} as the network "
-        f"was given it, in the subject's own voxels. {CONVENTION}",
+        f"was given it, in the subject's own voxels. {CONVENTION} A Dice "
+        "of 1 is also given where neither truth nor prediction has any.",
         kind="photo",
     )
-    sections = [Section("slices", title, [which, FOR_RESEARCH], [], [slices])]
+    sections = [Section("slices", title, [f"{which} {FOR_RESEARCH}"], [], [slices])]
     middle = list(shown).index("median") if "median" in shown else 0
     case = cases[middle]
     if case.truth.any() or case.prediction.any():
