@@ -65,10 +65,10 @@ def case_of(
     channels = subject.image()
     modality = next(m for m in MODALITIES if m in config.modalities)
     image = np.asarray(channels[config.modalities.index(modality)], np.float32)
-    brain = np.asarray(channels != 0).any(axis=0)
+    brain: np.ndarray = np.asarray(np.any(np.asarray(channels) != 0, axis=0))
     geometry = subject.geometry
     low, high = np.percentile(image[brain], (1, 99.5)) if brain.any() else (0.0, 1.0)
-    bright: Any = np.clip((image - low) / max(float(high - low), 1e-6), 0, 1)
+    bright = np.clip((image - low) / max(float(high - low), 1e-6), 0, 1)
     return Case(
         subject=subject.id,
         modality=modality,

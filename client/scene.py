@@ -54,7 +54,6 @@ def scene_figure(case: Case, title: str) -> Figure:
             ((size[0] * 1.06, middle[1], middle[2]), "R"),
             ((-size[0] * 0.06, middle[1], middle[2]), "L"),
             ((middle[0], size[1] * 1.06, middle[2]), "A"),
-            ((middle[0], middle[1], size[2] * 1.06), "S"),
         ):
             axes.text(*map(float, at), text, color=GREY, fontsize=9, ha="center", va="center")
     handles = [Patch(facecolor=LABEL_COLOURS[n], edgecolor=GREY, label=n) for n, _ in LABELS]

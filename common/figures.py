@@ -1,8 +1,8 @@
 """How figures look, and how they come into files and pages: the palette, a PNG, an SVG, both inline.
 
 Colours are those of Okabe and Ito (jfly.uni-koeln.de/color), which people with any kind of colour
-vision tell apart; every series differs by its marker and, beyond seven, by its dashes too, so that a
-figure can be read in greyscale. Names in a figure are text: nothing in them is read as mathematics or
+vision tell apart; every series differs by its dashes, its marker and the marker's filling too, so that
+a figure can be read in greyscale. Names in a figure are text: nothing in them is read as mathematics or
 markup. No figure holds a date, so the same numbers give the same bytes.
 
 Not here: what a figure shows.
@@ -33,7 +33,7 @@ from common.files import write_atomically
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, BLACK, YELLOW = "#E69F00", "#56B4E9", "#000000", "#F0E442"
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)  # yellow is lost on white paper
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")  # as many as share no factor with COLOURS
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")  # nine, which share no factor with four
 DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 GREY, FAINT = "#57606a", "#d8dee4"
 REGION_STYLES = {  # colour, dashes and marker of each region, the same in every figure
@@ -41,7 +41,7 @@ REGION_STYLES = {  # colour, dashes and marker of each region, the same in every
     "TC": (VERMILLION, DASHES[1], "s"),
     "ET": (GREEN, DASHES[2], "^"),
 }
-LABEL_COLOURS = {"NCR": SKY, "ED": YELLOW, "ET": VERMILLION}  # on a grey scan, dark to bright
+LABEL_COLOURS = {"NCR": BLUE, "ED": GREEN, "ET": YELLOW}  # dark, between and bright in greyscale
 WIDTH = 9.6  # inches: a page's full width at a size at which its text is as large as the page's
 FINER = 3  # along each side
 NAME_LENGTH = 24  # characters of a site's name in a figure
@@ -64,7 +64,7 @@ STYLE: dict[Any, Any] = {
     "grid.color": FAINT,
     "grid.linewidth": 0.7,
     "lines.linewidth": 1.4,
-    "lines.markersize": 4,
+    "lines.markersize": 5,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
     "xtick.labelsize": 8.5,
@@ -80,14 +80,17 @@ class LineStyle(NamedTuple):
     color: str
     linestyle: Any
     marker: str
+    markerfacecolor: str
 
 
 def line_style(index: int) -> LineStyle:
-    """How the series of that number looks: 63 differ in colour and marker, more than any federation."""
+    """How the series of that number looks. 28 differ in colour and dashes, 36 in dashes and marker."""
+    colour = COLOURS[index % len(COLOURS)]
     return LineStyle(
-        COLOURS[index % len(COLOURS)],
-        DASHES[index // len(COLOURS) % len(DASHES)],
+        colour,
+        DASHES[index % len(DASHES)],
         MARKERS[index % len(MARKERS)],
+        "white" if index % 2 else colour,
     )
 
 

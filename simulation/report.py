@@ -341,7 +341,7 @@ def _pictures(
             "tumour-in-space",
             scene_figure(case, titles[middle]),
             f"The tumour of {case.subject} as surfaces, truth beside prediction",
-            "Surfaces of the labels inside the brain's outline, seen from the front and right, slightly "
+            "Surfaces of the labels inside the brain's outline, seen from the right and front, slightly "
             "from above. ED is transparent. Smoothed for the picture.",
             kind="pixels",
         )
