@@ -145,10 +145,11 @@ def _draw_plane(axes: Axes, case: Case, plane: str, index: int) -> None:
     axes.set_axis_off()
     left, right = ("A", "P") if plane == "sagittal" else ("R", "L")
     words: dict[str, Any] = {"color": "white", "fontsize": 8.5, "transform": axes.transAxes}
-    effects = [withStroke(linewidth=2, foreground="black")]
+    # a path effect would turn text into outlines in the SVG
+    words["bbox"] = {"facecolor": "black", "alpha": 0.6, "edgecolor": "none", "pad": 1.5}
     for across, text, side in ((0.01, left, "left"), (0.99, right, "right")):
-        axes.text(across, 0.5, text, ha=side, path_effects=effects, **words)
-    axes.text(0.02, 0.98, plane, ha="left", va="top", path_effects=effects, **words)
+        axes.text(across, 0.5, text, ha=side, **words)
+    axes.text(0.02, 0.98, plane, ha="left", va="top", **words)
 
 
 def case_title(rank: str, site: str, subject: str, dice: dict[str, float]) -> str:
