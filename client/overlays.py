@@ -33,8 +33,8 @@ PLANES = ("axial", "coronal", "sagittal")
 AXIS = {"axial": 2, "coronal": 1, "sagittal": 0}  # that a plane cuts, of RAS voxels
 MODALITIES = ("flair", "t1ce", "t2", "t1")  # the first that a federation has is shown
 CONVENTION = (
-    "Radiological convention: the patient's right is on the left of axial and coronal slices; sagittal "
-    "slices look to the left, the face on the left."
+    "Radiological convention: the patient's right (R) is on the left of axial and coronal slices; sagittal "
+    "slices have the face (A) on the left."
 )
 
 

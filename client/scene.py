@@ -22,7 +22,7 @@ from common.figures import GREY, LABEL_COLOURS, new_figure, styled
 
 FINEST = 64  # cells along a tumour's longest side; more triangles show no more
 BRAIN_CELLS = 40  # the same of the brain's faint outline
-OPACITY = {"ED": 0.1, "NCR": 1.0, "ET": 0.5}
+OPACITY = {"ED": 0.1, "NCR": 1.0, "ET": 0.8}
 LIGHT = np.array([0.4, 0.7, 0.6]) / np.linalg.norm([0.4, 0.7, 0.6])
 
 

@@ -44,7 +44,7 @@ REGION_STYLES = {  # colour, dashes and marker of each region, the same in every
 LABEL_COLOURS = {"NCR": BLUE, "ED": GREEN, "ET": YELLOW}  # dark, between and bright in greyscale
 WIDTH = 9.6  # inches: a page's full width at a size at which its text is as large as the page's
 FINER = 3  # along each side
-NAME_LENGTH = 24  # characters of a site's name in a figure
+NAME_LENGTH = 28  # characters of a site's name in a figure
 STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a name may hold dollar signs
     "text.usetex": False,
@@ -96,7 +96,8 @@ def line_style(index: int) -> LineStyle:
 
 def shown_name(name: str) -> str:
     """A name as it stands in a figure: one line, no control characters, not too long."""
-    return plain(name, NAME_LENGTH)
+    line = plain(name, NAME_LENGTH)
+    return f" {line}" if line.startswith("_") else line  # which a legend leaves out otherwise
 
 
 def new_figure(height: float, width: float = WIDTH) -> Figure:

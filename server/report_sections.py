@@ -134,6 +134,8 @@ def who_took_part(recorded: Recorded) -> Section:
     chosen = [f"round {r.round}: {r.chosen}" for r in records if r.chosen]
     if chosen:
         choices.append(f"The site whose update became the model: {', '.join(chosen)}.")
+    if not records:
+        return Section("who", "Who contributed to which round", choices, tables)
     plot = Plot(
         "participation",
         participation(records, recorded.sites),
@@ -141,8 +143,7 @@ def who_took_part(recorded: Recorded) -> Section:
         "■ the site's update is in the round's model. × it should have trained and did not. ○ it was "
         "only evaluated. Nothing: it had no part in the round.",
     )
-    plots = [plot] if records else []
-    return Section("who", "Who contributed to which round", choices, tables, plots)
+    return Section("who", "Who contributed to which round", choices, tables, [plot])
 
 
 def measured(recorded: Recorded, explained: Sequence[str] = ()) -> Section:

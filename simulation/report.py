@@ -198,10 +198,10 @@ def _comparison(results: Mapping[str, Any]) -> list[Section]:
             for way in WAYS
         ]
         rows.append([name, *cells])
-    headings = ["site", *(f"{way}, {what}" for what in ("WT TC ET", "WT") for way in WAYS)]
+    headings = ["site", *(f"{way} {what}" for what in ("mean", "WT") for way in WAYS)]
     caption = (
-        "Dice on each site's own held-out subjects, last round of each; the last rows are over the sites "
-        "that have all three."
+        "Dice on each site's own held-out subjects, last round of each; mean: of WT, TC and ET. The last "
+        "rows are over the sites that have all three."
     )
     plot = Plot(
         "comparison",
