@@ -32,6 +32,7 @@ from common.metrics import REGIONS, SiteMetrics
 from server.history import Contribution, RoundRecord
 
 FEWEST_IN_A_BOX = 5  # quartiles of fewer values say nothing that the values do not
+FEWEST_TANGLED = 10  # times of more sites than these are shown as a range
 FEWEST_MARKED = 15  # with more rounds than these not every point gets a marker
 MEGABYTE = 1e6
 SPELLED = {"dice": "Dice", "iou": "IoU"}
@@ -40,8 +41,11 @@ Records = Sequence[RoundRecord]
 
 @styled
 def curves(records: Records, sites: Sequence[str], chosen: int | None) -> Figure:
-    """Dice and IoU over the rounds, each the mean of WT, TC and ET; a line for each site."""
-    told = [site for site in sites if any(site in r.metrics for r in records)]
+    """Dice and IoU over the rounds, each the mean of WT, TC and ET; a line for each site.
+
+    The legend names the sites in the order in which their lines end.
+    """
+    told = _best_first(records, sites)
     figure = new_figure(max(3.4, 0.6 + 0.19 * (len(told) + 1)))
     for place, metric in enumerate(SPELLED, start=1):
         axes = figure.add_subplot(1, 2, place)
@@ -115,22 +119,30 @@ def losses(records: Records, sites: Sequence[str]) -> Figure:
 
 @styled
 def times_and_bytes(records: Records, sites: Sequence[str]) -> Figure:
-    """How long each round took and what it received, with each site's training time."""
-    figure = new_figure(max(3.2, 0.6 + 0.19 * (len(sites) + 1)))
+    """How long each round took and what it received, with each site's training time, or their range."""
+    figure = new_figure(3.2)
     times, sizes = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
     numbers = _numbers(records)
     times.bar(numbers, [r.seconds for r in records], color=FAINT, edgecolor=GREY, linewidth=0.6,
               label="whole round")  # fmt: skip
-    for index, site in enumerate(sites):
-        seconds = [_of(r, site, lambda c: c.seconds) for r in records]
-        _line(times, records, seconds, index, shown_name(site))
+    seconds = [[_of(r, site, lambda c: c.seconds) for r in records] for site in sites]
+    if len(sites) <= FEWEST_TANGLED:
+        for index, (site, values) in enumerate(zip(sites, seconds, strict=True)):
+            _line(times, records, values, index, shown_name(site))
+    else:
+        by_round = [[s for s in of if not math.isnan(s)] for of in zip(*seconds, strict=True)]
+        fastest, slowest = ([f(of, default=math.nan) for of in by_round] for f in (min, max))
+        median = [float(np.median(of)) if of else math.nan for of in by_round]
+        times.fill_between(numbers, fastest, slowest, color=SKY, alpha=0.6, linewidth=0,
+                           label="training, fastest to slowest site")  # fmt: skip
+        times.plot(numbers, median, color=BLACK, linewidth=2, label="training, median of the sites")
     received = [sum(c.bytes or 0 for c in r.contributions) / MEGABYTE for r in records]
     sizes.bar(numbers, received, color=SKY, edgecolor=GREY, linewidth=0.6)
-    _share_axes(times, records, "Seconds: the whole round, and each site's training", top=None)
+    _share_axes(times, records, "Seconds: the whole round, and training", top=None)
     _share_axes(sizes, records, "Megabytes of updates received in the round", top=None)
     for axes in (times, sizes):
         axes.set_ylim(bottom=0)
-    figure.legend(*times.get_legend_handles_labels(), loc="outside right upper")
+    figure.legend(*times.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return figure
 
 
@@ -265,6 +277,15 @@ def _mark_chosen(axes: Axes, records: Records, chosen: int | None) -> None:
         textcoords="offset points",
         color=GREY,
         fontsize=8,
+    )
+
+
+def _best_first(records: Records, sites: Sequence[str]) -> list[str]:
+    """The sites that ever told metrics, by the mean Dice that each told last."""
+    last = {site: _mean_of_regions(m, "dice") for r in records for site, m in r.metrics.items()}
+    told = [site for site in sites if site in last]
+    return sorted(
+        told, key=lambda site: -1.0 if math.isnan(last[site]) else last[site], reverse=True
     )
 
 

@@ -51,7 +51,7 @@ def copied(finished_run, tmp_path) -> Path:
 
 def result(site: str, subject: str, dice: float, **more: float) -> SubjectResult:
     values = {"dice": dice, "iou": dice / 2} | more
-    return SubjectResult(site, subject, {region: values for region in REGIONS})
+    return SubjectResult(site, subject, dict.fromkeys(REGIONS, values))
 
 
 def test_the_page_leads_nowhere_and_is_small(page):
