@@ -29,7 +29,7 @@ LIGHT = np.array([0.4, 0.7, 0.6]) / np.linalg.norm([0.4, 0.7, 0.6])
 @styled
 def scene_figure(case: Case, title: str) -> Figure:
     """The tumour's surfaces inside a faint brain: truth on the left, prediction on the right."""
-    figure = new_figure(4.3)
+    figure = new_figure(4.0)
     figure.suptitle(title, x=0.01, ha="left", fontsize=9.5)
     brain = _surface(case.brain, case.spacing, BRAIN_CELLS, smooth=1.5)
     for place, (what, labels) in enumerate(

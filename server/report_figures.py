@@ -305,7 +305,7 @@ def _what_it_did(record: RoundRecord, site: str) -> str:
 
 
 def _of(record: RoundRecord, site: str, what: Callable[[Contribution], float | None]) -> float:
-    found = next((what(c) for c in record.contributions if c.site == site and c.trained), None)
+    found = next((what(c) for c in record.contributions if c.site == site), None)
     return math.nan if found is None else found
 
 

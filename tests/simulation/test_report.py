@@ -26,6 +26,7 @@ from simulation.report import (
     shown_subjects,
     simulations_report,
 )
+from tests.browser import chromium, complaints
 from tests.server.test_report import Page, assert_self_contained
 
 
@@ -62,6 +63,24 @@ def test_the_page_leads_nowhere_and_is_small(page):
     assert {"slices.png", "slices.svg", "tumour-in-space.png", "dice-over-subjects.svg"} <= names
     assert "tumour-in-space.svg" not in names
     assert found.tags.count("img") == 2, "slices and scene are made of pixels"
+
+
+def test_a_browser_shows_the_page_without_a_complaint(page, tmp_path):
+    _, out = page
+    with chromium(tmp_path / "profile", width=1000) as browser:
+        browser.get((out / "report.html").as_uri())
+        shown = browser.execute_script(
+            "return [[...document.images].map(i => i.naturalWidth), document.querySelectorAll('svg').length,"
+            "document.documentElement.scrollWidth <= window.innerWidth,"
+            "performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length]"
+        )
+        assert not complaints(browser)
+    widths, figures, fits, fetched = shown
+    assert len(widths) == 2
+    assert min(widths) > 900
+    assert figures > 5
+    assert fits
+    assert fetched == 0
 
 
 def test_single_subjects_are_those_that_the_model_gives(finished_run):
