@@ -104,7 +104,7 @@ def simulations_report(run: Path) -> Report:
         sections,
         title=f"Report of the simulation “{config.name}”",
         planned=config.rounds.number,
-        about=f" from the run in {run.resolve()}.",
+        about=f" from the run in the folder {run.resolve().name}.",
         running=lock_holder(folder.lock) is not None,
     )
 
@@ -180,7 +180,7 @@ def _about_data(results: Mapping[str, Any]) -> list[str]:
 def _comparison(results: Mapping[str, Any]) -> list[Section]:
     found = results.get("comparison")
     title = "Local, federated, centralised"
-    if not found:
+    if not found or not all(way in found for way in WAYS):
         text = "No baselines were trained: fed-sim run … --baselines adds them to this run."
         return [Section("comparison", title, [text])]
     sites = sorted(found["federated"])

@@ -170,6 +170,12 @@ def test_the_comparison_has_each_way_at_its_place():
     assert points == [{0.2}, {0.5}, {0.7, 0.1}]
 
 
+def test_a_comparison_that_is_not_whole_is_none():
+    for results in ({}, {"comparison": None}, {"comparison": {"federated": {}}}):
+        [section] = _comparison(results)
+        assert "No baselines were trained" in section.text[0]
+
+
 def test_a_run_without_its_cache_is_reported_with_the_reason_in_place_of_pictures(copied):
     for manifest in (copied / "sites").glob("*/site.json"):
         text = manifest.read_text()
