@@ -22,7 +22,13 @@ from common.console import (
     standard_output,
     start_logging,
 )
-from server import audit_commands, dashboard_commands, running, tracking_commands
+from server import (
+    audit_commands,
+    dashboard_commands,
+    report_commands,
+    running,
+    tracking_commands,
+)
 
 app = typer.Typer(
     help="What the coordinator runs: make a federation and enrol its hospitals.",
@@ -320,7 +326,13 @@ def privacy_report(
         print(f"Page: {out}")
 
 
-for command in (running.start, running.status, running.stop, running.export):
+for command in (
+    running.start,
+    running.status,
+    running.stop,
+    running.export,
+    report_commands.report,
+):
     app.command()(command)
 app.command("dashboard")(dashboard_commands.dashboard_of_coordinator)
 app.command("track")(tracking_commands.track_coordinator)

@@ -199,8 +199,8 @@ def report_table(document: Mapping[str, Any]) -> Group:
         ]
     )
     for s in document["sites"]:
-        table.add_row(*(escape(cell) for cell in _row(s)))
-    lines = [escape(f"  {site}: {text}") for site, text in _remarks(document)]
+        table.add_row(*(escape(cell) for cell in site_row(s)))
+    lines = [escape(f"  {site}: {text}") for site, text in remarks(document)]
     return Group(
         f"Privacy as the sites state it, {document['rounds']} rounds",
         table,
@@ -254,13 +254,13 @@ def report_page(document: Mapping[str, Any]) -> str:
         .render(
             **document,
             headings=HEADINGS,
-            rows=[_row(site) for site in document["sites"]],
-            remarks=_remarks(document),
+            rows=[site_row(site) for site in document["sites"]],
+            remarks=remarks(document),
         )
     )
 
 
-def _row(s: Mapping[str, Any]) -> list[str]:
+def site_row(s: Mapping[str, Any]) -> list[str]:
     without = [*s["rounds_without_privacy"], *s["rounds_without_statement"]]
     cells = [
         spans(s["private_rounds"]),
@@ -273,7 +273,7 @@ def _row(s: Mapping[str, Any]) -> list[str]:
     return [plain(cell, 64) for cell in (s["site"], *cells)]
 
 
-def _remarks(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+def remarks(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         (plain(site["site"], 64), plain(text))
         for site in document["sites"]

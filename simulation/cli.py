@@ -218,6 +218,36 @@ def results(
 app.command()(evaluation_commands.evaluate)
 
 
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, finished or not.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html|FOLDER",
+            help="Where to write the page; default RUN/report/report.html.",
+        ),
+    ] = None,
+) -> None:
+    """Write one page with curves, box plots, overlays, a 3D tumour, cohort, configuration. Read only.
+
+    Also while the run goes on. Exit code 0: written. 1: there is no run, or the page cannot be
+    written. 2: wrong usage.
+    """
+    start_logging()
+    with _failing_in_words():
+        from server.report import page_path, write_report
+        from simulation.report import simulations_report
+
+        page = page_path(out or run / "report")
+        made = simulations_report(run)
+        figures = write_report(made, page)
+        print(f"Page: {page}")
+        if figures:
+            print(f"Figures: {figures[0].parent} ({len(figures)} files)")
+        print(made.state)
+
+
 class Plant(StrEnum):
     """`simulation.planted_faults.PLANTS` without its imports."""
 
@@ -366,6 +396,7 @@ def _foreseen() -> tuple[type[Exception], ...]:
     from common.files import AlreadyInUse
     from common.weights import BadWeights
     from server.history import HistoryError
+    from server.report import ReportError
     from server.roll_call import FederationFailed
     from simulation.cohort import UnusableData
     from simulation.ray_engine import RayMissing
@@ -381,6 +412,7 @@ def _foreseen() -> tuple[type[Exception], ...]:
         HistoryError,
         PatientsError,
         RayMissing,
+        ReportError,
         SplitError,
         UnusableData,
     )

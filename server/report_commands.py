@@ -1,0 +1,82 @@
+"""`fed-server report`: the federation so far as one HTML page, with its figures as files."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.console import failing_in_words, start_logging
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The coordinator's folder.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html|FOLDER",
+            help="Where to write the page; default DIR/report/report.html.",
+        ),
+    ] = None,
+    publishable: Annotated[
+        bool,
+        typer.Option(
+            "--publishable",
+            help="Number the sites that hide their names; default DIR/report-publishable.",
+        ),
+    ] = False,
+) -> None:
+    """Write one page: curves, times, who took part, cohort, privacy, configuration. Read only.
+
+    Also while the federation runs. Exit code 0: written. 1: there is nothing to report, or it cannot
+    be written. 2: wrong usage.
+    """
+    start_logging()
+    with _failing():
+        from common.files import lock_holder
+        from server.checkpoint import RunFolder
+        from server.coordinator import CoordinatorError, federation_id, load_coordinator
+        from server.enrolment import keys_of_all
+        from server.recorded import published, read_recorded
+        from server.report import page_path, write_report
+        from server.report_sections import agreed_config, coordinators_report
+
+        coordinator = load_coordinator(folder)
+        default = folder / ("report-publishable" if publishable else "report")
+        page = page_path(out or default)
+        run = RunFolder(coordinator.run)
+        if not run.history.exists():
+            raise CoordinatorError(f"{folder}: no run has begun, so there is nothing to report.")
+        identity = federation_id(coordinator)
+        recorded = read_recorded(run.history, keys_of_all(coordinator.enrolled), identity)
+        hidden = len(recorded.hidden)
+        if publishable:
+            recorded = published(recorded)
+        made = coordinators_report(
+            recorded,
+            agreed_config(recorded),
+            identity,
+            hidden=hidden,
+            publishable=publishable,
+            running=lock_holder(coordinator.lock) is not None,
+        )
+        figures = write_report(made, page)
+    print(f"Page: {page}")
+    if figures:
+        print(f"Figures: {figures[0].parent} ({len(figures)} files)")
+    print(made.state)
+
+
+def _failing() -> AbstractContextManager[None]:
+    return failing_in_words("fed-server", _foreseen)
+
+
+def _foreseen() -> tuple[type[Exception], ...]:
+    from server.coordinator import CoordinatorError
+    from server.enrolment import EnrolmentError
+    from server.history import HistoryError
+    from server.report import ReportError
+
+    return CoordinatorError, EnrolmentError, HistoryError, ReportError
