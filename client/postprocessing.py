@@ -43,7 +43,7 @@ class PostProcessing:
 
 NONE = PostProcessing()
 REFERENCE = PostProcessing(threshold=0.5, opening_mm=1.0, closing_mm=1.0, smallest_mm3=100.0)
-RECOMMENDED = PostProcessing(opening_mm=1.0, fill_holes=True, smallest_mm3=50.0)
+RECOMMENDED = PostProcessing(opening_mm=1.0, fill_holes=True)
 PRESETS = {"none": NONE, "reference": REFERENCE, "recommended": RECOMMENDED}
 
 

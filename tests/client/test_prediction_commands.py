@@ -94,9 +94,8 @@ def test_what_is_typed_reaches_the_steps(model, subject, tmp_path):
         "smallest_mm3": 0.0,
         "tiny_et_mm3": 7.0,
     }
-    changed = options("--opening-mm", "0", "--no-fill-holes", "--threshold", "0.4")
-    assert (changed["opening_mm"], changed["fill_holes"], changed["threshold"]) == (0, False, 0.4)
-    assert changed["smallest_mm3"] > 0
+    changed = options("--opening-mm", "0", "--no-fill-holes", "--smallest-mm3", "9")
+    assert (changed["opening_mm"], changed["fill_holes"], changed["smallest_mm3"]) == (0, False, 9)
 
 
 def test_a_folder_of_subjects_with_a_bad_one_among_them(model, patients, tmp_path):
