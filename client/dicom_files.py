@@ -108,7 +108,9 @@ def dicom_libraries() -> tuple[Any, Any]:
         import highdicom
         import pydicom
     except ImportError:
-        raise DicomError("DICOM needs an extra: pip install 'fedbrats[dicom]'.") from None
+        raise DicomError(
+            "DICOM needs an extra: pip install -e '.[dicom]' -c constraints.txt in fedbrats' folder."
+        ) from None
     return pydicom, highdicom
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from client.finding_table import print_findings
 from common.console import FAILED, USAGE, complain, failing_in_words, many, printable, start_logging
 
 if TYPE_CHECKING:
+    from client.dicom_files import Series
     from client.postprocessing import PostProcessing
     from client.prediction_folder import Job
     from client.prediction_summary import Summary
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 NAME = "fed-client"
 SUFFIXES = (".nii", ".nii.gz")
+DICOM_SEG = ".dcm"
 STEPS = "Post-processing, one step"
 MAPS = "Maps, and how far to trust them"
 
@@ -31,12 +34,14 @@ def predict(
         Path,
         typer.Argument(
             metavar="SUBJECT_OR_FOLDER",
-            help="One subject's folder, or a folder of several; no labels needed.",
+            help="One subject's folder, or a folder of several; no labels needed. Or one DICOM study.",
         ),
     ],
     out: Annotated[
         Path,
-        typer.Argument(help="One subject's segmentation (.nii or .nii.gz), or a folder for all."),
+        typer.Argument(
+            help="One subject's segmentation (.nii, .nii.gz, or .dcm from DICOM), or a folder for all."
+        ),
     ],
     flips: Annotated[
         bool,
@@ -122,6 +127,10 @@ def predict(
         raise typer.BadParameter(
             "goes with a folder of subjects and a folder OUT.", param_hint="--write-reference"
         )
+    if out.name.endswith(DICOM_SEG) and (probabilities or uncertainty):
+        raise typer.BadParameter(
+            "maps are NIfTI files beside OUT; give OUT as .nii.gz.", param_hint="OUT"
+        )
     steps = _steps(
         postprocess,
         {
@@ -145,29 +154,70 @@ def predict(
         usual = None if reference is None else load_reference(reference, model=digest, flips=flips)
         job = Job(loaded, digest, Options(flips, steps, probabilities, uncertainty), usual)
         discovery = discover(subjects, modalities=loaded.config.modalities)
-        if single:
-            _one(job, discovery, subjects, out, as_json)
-        else:
-            _all(job, discovery, subjects, out, write_reference, as_json)
+        with _dicom_as_nifti(job, discovery, subjects, out) as (discovery, source):
+            if single:
+                _one(job, discovery, subjects, out, as_json, source)
+            else:
+                _all(job, discovery, subjects, out, write_reference, as_json)
+
+
+@contextmanager
+def _dicom_as_nifti(
+    job: Job, discovery: Discovery, folder: Path, out: Path
+) -> Iterator[tuple[Discovery, Series | None]]:
+    """The subjects, and the series that a DICOM-SEG refers to.
+
+    A DICOM study becomes a subject in a private folder while the block runs.
+    """
+    from client.dicom_files import holds_dicom
+
+    if discovery.subjects or not holds_dicom(folder):
+        if out.name.endswith(DICOM_SEG):
+            raise typer.BadParameter(
+                f"{folder} holds no DICOM; OUT must end in .nii or .nii.gz, or be a folder.",
+                param_hint="OUT",
+            )
+        yield discovery, None
+        return
+    if not out.name.endswith((*SUFFIXES, DICOM_SEG)) or out.is_dir():
+        raise typer.BadParameter(
+            f"{folder} is one DICOM study: OUT must end in .nii, .nii.gz or .dcm.", param_hint="OUT"
+        )
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise typer.BadParameter(
+            f"{out} would lie among the scans; choose a place outside of {folder}.",
+            param_hint="OUT",
+        )
+    from tempfile import TemporaryDirectory
+
+    from client.dicom_series import find_series, subject_of
+    from sites.subject import Discovery
+
+    with TemporaryDirectory(prefix="fedbrats-") as private:
+        series = find_series(folder, job.model.config.modalities)
+        subject = subject_of(series, Path(private))
+        yield Discovery((subject,), ()), series.get("flair") or next(iter(series.values()))
 
 
 def _foreseen() -> tuple[type[Exception], ...]:
+    from client.dicom_files import DicomError
     from client.familiarity import BadReference
     from client.prediction_folder import Clash
     from common.files import AlreadyInUse
     from common.weights import BadWeights
 
-    return BadWeights, BadReference, Clash, AlreadyInUse
+    return AlreadyInUse, BadReference, BadWeights, Clash, DicomError
 
 
 def _is_one_file(out: Path) -> bool:
     if out.is_dir():
         return False
-    if out.name.endswith(SUFFIXES):
+    if out.name.endswith((*SUFFIXES, DICOM_SEG)):
         return True
     if out.exists() or out.suffix:  # a new folder's name has no dot: that would be a typing error
         raise typer.BadParameter(
-            f"{out} must end in .nii or .nii.gz, or be a folder.", param_hint="OUT"
+            f"{out} must end in .nii or .nii.gz (from DICOM also .dcm), or be a folder.",
+            param_hint="OUT",
         )
     return False
 
@@ -185,7 +235,15 @@ def _steps(preset: str, overrides: dict[str, Any]) -> PostProcessing:
     return replace(PRESETS[preset], **given)
 
 
-def _one(job: Job, discovery: Discovery, folder: Path, out: Path, as_json: bool) -> None:
+def _one(
+    job: Job,
+    discovery: Discovery,
+    folder: Path,
+    out: Path,
+    as_json: bool,
+    source: Series | None,
+) -> None:
+    from client.dicom_seg import write_dicom_seg
     from client.prediction import RESEARCH_ONLY, save, segment
     from client.prediction_folder import model_words, refuse_clashes, too_large
     from client.prediction_summary import in_words, summary_of
@@ -210,7 +268,12 @@ def _one(job: Job, discovery: Discovery, folder: Path, out: Path, as_json: bool)
         findings += found
         if prediction is not None:
             try:
-                written = save(prediction, out)
+                if source is not None and out.name.endswith(DICOM_SEG):
+                    where = prediction.labels, prediction.affine
+                    write_dicom_seg(*where, source, out, model=job.model_sha256[:12])
+                    written = [out]
+                else:
+                    written = save(prediction, out)
             except OSError as error:
                 complain(NAME, f"{out} cannot be written: {error.strerror}.")
                 raise typer.Exit(FAILED) from None

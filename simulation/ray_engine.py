@@ -1,6 +1,6 @@
 """Flower's own Ray engine, for several GPUs or machines: the same apps, the same numbers.
 
-Needs the optional extra (`pip install fedbrats[ray]`). Ray's workers are told which node is which
+Needs the optional extra (`pip install -e '.[ray]'` in fedbrats' folder). Ray's workers are told which node is which
 site here, because Flower's simulation gives its nodes nothing but a number.
 """
 
