@@ -2,8 +2,8 @@
 
 const { Niivue, NVImage, cmapper, SLICE_TYPE, SHOW_RENDER, MULTIPLANAR_TYPE, DRAG_MODE } = window.niivue;
 
-// Okabe-Ito; apart in lightness too, so that they differ without colour
-const COLOURS = { NCR: [213, 94, 0], ED: [86, 180, 233], ET: [240, 228, 66] };
+// Okabe-Ito, as in the figures of common/figures.py: dark, between and bright without colour
+const COLOURS = { NCR: [0, 114, 178], ED: [0, 158, 115], ET: [240, 228, 66] };
 const LABELS = ["NCR", "ED", "ET"]; // of the system, from 1
 const REGIONS = ["WT", "TC", "ET"];
 const WORDS = { prediction: "model", truth: "truth" };

@@ -28,7 +28,7 @@ from common.weights import save_weights
 from sites.subject import discover
 from tests.browser import chromium, complaints, eventually
 
-ED, ET, NCR = (86, 180, 233), (240, 228, 66), (213, 94, 0)
+ED, ET, NCR = (0, 158, 115), (240, 228, 66), (0, 114, 178)
 
 
 @pytest.fixture(scope="module")
