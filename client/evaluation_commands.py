@@ -102,8 +102,16 @@ def evaluate(
                 print_findings(error.findings)
             raise
         written = write_evaluation(document, out) if out is not None else ()
+        about_pictures = ""
+        if pictures and out is not None:
+            from client.evaluation_pictures import FOLDER, STAY_HERE, draw_pictures
+
+            draw_pictures(document, model, data, out / FOLDER, cache=cache, options=options)
+            about_pictures = f"Pictures: {printable(str(out / FOLDER))}. {STAY_HERE}"
         if as_json:
             print(json_text(document))
+            if about_pictures:
+                print(about_pictures, file=sys.stderr)
             return
         from client.finding_table import print_findings
         from sites.finding import Finding
@@ -112,6 +120,8 @@ def evaluate(
         standard_output().print(evaluation_tables(document))
         if written:
             print("Results: " + ", ".join(printable(str(path)) for path in written))
+        if about_pictures:
+            print(about_pictures)
 
 
 def _foreseen() -> tuple[type[Exception], ...]:

@@ -91,7 +91,9 @@ def _cases(
     cache: Path | None,
 ) -> list[Case]:
     recipe = recipe_of(model.config)
-    found = {subject.id: subject for subject in discover(data, modalities=recipe.modalities).subjects}
+    found = {
+        subject.id: subject for subject in discover(data, modalities=recipe.modalities).subjects
+    }
     cases = []
     with nullcontext(cache) if cache else TemporaryDirectory(prefix="fedbrats-") as place:
         for result in track(list(shown.values()), "drawing", len(shown), "subjects"):

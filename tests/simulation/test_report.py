@@ -14,16 +14,15 @@ from typer.testing import CliRunner
 from client.evaluation import evaluate
 from client.prediction import load_model
 from client.site import load_site
+from common.evaluation_summary import SubjectResult, shown_subjects
 from common.metrics import REGIONS
 from server.history import History
 from server.tables import number
 from simulation.cli import app
 from simulation.report import (
-    SubjectResult,
     _comparison,
     _over_subjects,
     per_subject_document,
-    shown_subjects,
     simulations_report,
 )
 from tests.browser import chromium, complaints
@@ -52,7 +51,7 @@ def copied(finished_run, tmp_path) -> Path:
 
 def result(site: str, subject: str, dice: float, **more: float) -> SubjectResult:
     values = {"dice": dice, "iou": dice / 2} | more
-    return SubjectResult(site, subject, dict.fromkeys(REGIONS, values))
+    return SubjectResult(site, subject, subject, None, 1.0, dict.fromkeys(REGIONS, values))
 
 
 def test_the_page_leads_nowhere_and_is_small(page):
