@@ -44,9 +44,8 @@ def evaluation_section(document: Mapping[str, Any] | None) -> Section:
         return Section(
             "evaluation",
             TITLE,
-            list(fairness_lines(document)),
-            [Table(_HEADINGS, rows, caption)],
-            remarks=[str(remark) for remark in document["remarks"]],
+            tables=[Table(_HEADINGS, rows, caption)],
+            remarks=[*fairness_lines(document), *map(str, document["remarks"])],
         )
     except (LookupError, TypeError, ValueError, AttributeError):
         return Section("evaluation", TITLE, [DAMAGED])
