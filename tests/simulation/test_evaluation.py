@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from client.prediction import Options
 from common.evaluation_document import EvaluationError, write_evaluation
 from common.model import initial_weights
 from common.weights import load_weights, save_weights
@@ -93,16 +94,18 @@ def test_another_segmentation_has_a_folder_of_its_own_and_is_not_taken_for_the_p
     run, document
 ):
     write_evaluation(document, evaluation_folder(run))
-    done = fed_sim(run, "--flips", "--postprocess", "recommended")
+    done = fed_sim(run, "--postprocess", "recommended")
     assert done.exit_code == 0, done.output
     assert "post-processing (opening 1 mm, holes filled)" in words(done.stdout)
     folders = sorted(path.name for path in run.glob("evaluation*"))
-    assert folders == ["evaluation", "evaluation-flips-postprocess-recommended"]
+    assert folders == ["evaluation", "evaluation-postprocess-recommended"]
     assert stored_evaluation(run) == document
     other = json.loads((run / folders[1] / "evaluation.json").read_text())
-    assert other["segmentation"]["flips"]
+    assert other["segmentation"]["flips"] is False
     assert other["segmentation"]["postprocess"]["opening_mm"] == 1
     assert other["subjects"] != document["subjects"]
+    flips = evaluation_folder(run, options=Options(flips=True))
+    assert flips.name == "evaluation-flips-postprocess-recommended"
     write_evaluation(other, evaluation_folder(run))  # as --out can
     assert stored_evaluation(run) is None
 
