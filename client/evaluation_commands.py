@@ -12,7 +12,19 @@ from typing import Annotated
 
 import typer
 
+from client.prediction_commands import chosen_steps
 from common.console import failing_in_words, printable, standard_output, start_logging
+
+Flips = Annotated[
+    bool, typer.Option("--flips", help="Average over the 8 mirror images; 8 times the time.")
+]
+Steps = Annotated[
+    str,
+    typer.Option(
+        help="none, as the rounds are measured; reference, or recommended, which fed-client predict does "
+        "by default."
+    ),
+]
 
 
 def evaluate(
@@ -31,18 +43,30 @@ def evaluate(
     confidence: Annotated[
         float, typer.Option(min=0.5, max=0.999, help="Of the bootstrap intervals.")
     ] = 0.95,
+    flips: Flips = False,
+    postprocess: Steps = "none",
+    pictures: Annotated[
+        bool,
+        typer.Option(
+            "--pictures",
+            help="Draw the best, the median and the worst subject into OUT/pictures.",
+        ),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON document on standard output.")
     ] = False,
 ) -> None:
     """Measure a model on your own labelled subjects: Dice, IoU, HD95, lesion-wise scores, intervals.
 
-    Nothing leaves the machine. With --out: evaluation.json, subjects.csv, summary.csv. Time points of one
+    Nothing leaves the machine. With --out: evaluation.json, subjects.csv, summary.csv. Without flips and
+    post-processing the figures are comparable with those of a federation's rounds; fed-client predict
+    post-processes by default. Time points of one
     patient are told by their names or by DATA/patients.csv. For research; not a medical device. Exit
     code 0: done, though subjects that cannot be used may be left out. 1: no subject or no model can be
     used. 2: wrong usage.
     """
     start_logging()
+    steps = chosen_steps(postprocess)
     with failing_in_words("fed-client", _foreseen):
         if not model.is_file():
             raise typer.BadParameter(f"{model} is no file.", param_hint="MODEL")
@@ -51,13 +75,17 @@ def evaluate(
         for folder, option in ((out, "--out"), (cache, "--cache")):
             if folder is not None and folder.exists() and not folder.is_dir():
                 raise typer.BadParameter(f"{folder} is no folder.", param_hint=option)
+        if pictures and out is None:
+            raise typer.BadParameter("goes with a folder --out.", param_hint="--pictures")
         from client.hospital_evaluation import NoUsableSubject, evaluate_folder
+        from client.prediction import Options
         from common.evaluation_document import as_json as json_text
         from common.evaluation_document import require_writable, write_evaluation
         from common.evaluation_table import evaluation_tables
 
         if out is not None:
             require_writable(out)
+        options = Options(flips=flips, postprocess=steps)
         try:
             document = evaluate_folder(
                 model,
@@ -65,6 +93,7 @@ def evaluate(
                 site=site or data.resolve().name,
                 cache=cache,
                 confidence=confidence,
+                options=options,
             )
         except NoUsableSubject as error:
             from client.finding_table import print_findings
@@ -73,8 +102,16 @@ def evaluate(
                 print_findings(error.findings)
             raise
         written = write_evaluation(document, out) if out is not None else ()
+        about_pictures = ""
+        if pictures and out is not None:
+            from client.evaluation_pictures import FOLDER, STAY_HERE, draw_pictures
+
+            draw_pictures(document, model, data, out / FOLDER, cache=cache, options=options)
+            about_pictures = f"Pictures: {printable(str(out / FOLDER))}. {STAY_HERE}"
         if as_json:
             print(json_text(document))
+            if about_pictures:
+                print(about_pictures, file=sys.stderr)
             return
         from client.finding_table import print_findings
         from sites.finding import Finding
@@ -83,6 +120,8 @@ def evaluate(
         standard_output().print(evaluation_tables(document))
         if written:
             print("Results: " + ", ".join(printable(str(path)) for path in written))
+        if about_pictures:
+            print(about_pictures)
 
 
 def _foreseen() -> tuple[type[Exception], ...]:

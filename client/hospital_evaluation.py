@@ -13,8 +13,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from client.prediction import Model, load_model
-from client.subject_results import Segmenter, plain_segmenter, subject_result
+from client.prediction import Model, Options, load_model
+from client.subject_results import (
+    PLAIN,
+    Segmenter,
+    segmentation_of,
+    segmentation_remarks,
+    segmenter_of,
+    subject_result,
+)
 from common.evaluation_document import INTERVALS, EvaluationError, evaluation_document
 from common.evaluation_summary import SubjectResult
 from common.progress import track
@@ -45,13 +52,15 @@ def evaluate_folder(
     site: str,
     cache: Path | None = None,
     confidence: float = 0.95,
-    segmenter: Callable[[Model], Segmenter] = plain_segmenter,
+    options: Options = PLAIN,
+    segmenter: Callable[[Model, Options], Segmenter] = segmenter_of,
 ) -> dict[str, Any]:
     """Check, prepare, segment and measure every subject below `data`, one after the other.
 
     Args:
         site: the name to report.
         cache: keeps the prepared subjects there; without it none outlives its own measurement.
+        options: flips and post-processing; the maps are not kept.
 
     Returns:
         The document of `common.evaluation_document`; nothing else is written.
@@ -73,7 +82,7 @@ def evaluate_folder(
     grades = grades_of(subjects, data) if subjects else {}
     patients = patients_of(subjects, data)
     findings += unknown_in_list(subjects, data, site=site) if subjects else []
-    segment = segmenter(loaded)
+    segment = segmenter(loaded, options)
     results: list[SubjectResult] = []
     digests: list[tuple[str, str, str]] = []
     with nullcontext(cache) if cache else TemporaryDirectory(prefix="fedbrats-") as place:
@@ -100,8 +109,9 @@ def evaluate_folder(
         [replace(result, patient=patients[result.subject]) for result in usable],
         model={"file": str(model), "sha256": digest},
         of="folder",
+        segmentation=segmentation_of(options),
         confidence=confidence,
-        remarks=[TRAINED_ON, INTERVALS],
+        remarks=[TRAINED_ON, *segmentation_remarks(options), INTERVALS],
         findings=[finding.as_dict() for finding in findings],
         left_out=[
             {"site": site, "subject": subject, "why": what} for subject, what in sorted(why.items())

@@ -21,9 +21,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import Normal, withStroke
 
-from client.evaluation import predict
 from common.brats import ED, ET, NCR
-from common.config import FederationConfig
+from common.evaluation_document import NOTE
 from common.figures import GREY, LABEL_COLOURS, new_figure, shown_name, styled
 from sites.cache import CachedSubject
 from sites.preprocess import Geometry
@@ -55,16 +54,18 @@ class Case:
     spacing: tuple[float, float, float]
 
 
-def case_of(
-    subject: CachedSubject,
-    network: torch.nn.Module,
-    config: FederationConfig,
-    device: torch.device,
-) -> Case:
-    """Segment a cached subject that has labels, and bring its scan beside truth and prediction."""
+def case_of(subject: CachedSubject, modalities: Sequence[str], prediction: np.ndarray) -> Case:
+    """Bring the scan of a cached subject that has labels beside its truth and the prediction.
+
+    Nothing in it needs the cache any more.
+
+    Args:
+        modalities: of the cached image's channels.
+        prediction: as a `client.subject_results.Segmenter` gives it.
+    """
     channels = subject.image()
-    modality = next(m for m in MODALITIES if m in config.modalities)
-    image = np.asarray(channels[config.modalities.index(modality)], np.float32)
+    modality = next(m for m in MODALITIES if m in modalities)
+    image = np.asarray(channels[modalities.index(modality)], np.float32)
     brain: np.ndarray = np.asarray(np.any(np.asarray(channels) != 0, axis=0))
     geometry = subject.geometry
     low, high = np.percentile(image[brain], (1, 99.5)) if brain.any() else (0.0, 1.0)
@@ -74,8 +75,8 @@ def case_of(
         modality=modality,
         image=_to_own_voxels(np.asarray(bright * brain), geometry, "trilinear"),
         brain=_to_own_voxels(brain.astype(np.float32), geometry, "trilinear") > 0.5,
-        truth=np.asarray(subject.truth()),
-        prediction=predict(network, np.asarray(channels), geometry, config, device),
+        truth=np.array(subject.truth()),
+        prediction=prediction,
         spacing=geometry.spacing,
     )
 
@@ -121,7 +122,7 @@ def slices_figure(cases: Sequence[Case], titles: Sequence[str]) -> Figure:
                path_effects=[withStroke(linewidth=3.2, foreground="black"), Normal()])
         for name, _ in LABELS
     ]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower center", ncols=6)
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, title=NOTE)
     return figure
 
 

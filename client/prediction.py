@@ -97,6 +97,20 @@ class Prediction:
     findings: tuple[Finding, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Segmented:
+    """What a network and the steps after it make of one image, inside `geometry.box`, (X, Y, Z) in RAS.
+
+    labels: uint8 system labels after post-processing.
+    probabilities: float32 (4, X, Y, Z) of the system labels before it.
+    flip_agreement: as in `Prediction`.
+    """
+
+    labels: np.ndarray
+    probabilities: np.ndarray
+    flip_agreement: float | None
+
+
 def load_model(path: Path) -> Model:
     """Read a run's `model.safetensors`.
 
@@ -142,13 +156,9 @@ def segment(
         return None, findings
     prepared = prepare(scan, recipe)
     geometry = prepared.geometry
-    scores, agreement = _scores(model, prepared.image, options.flips)
-    own = own_scores(scores, geometry)
-    labels = best_class(own)
-    probabilities = torch.softmax(own, dim=0).cpu().numpy()
-    del scores, own
+    segmented = segment_image(model, prepared.image, geometry, options)
+    labels, probabilities = segmented.labels, segmented.probabilities
     entropy = normalised_entropy(probabilities)
-    labels = postprocess(labels, probabilities, scan.spacing, options.postprocess)
 
     brain = brain_of(scan)
     tumour = labels != BACKGROUND
@@ -158,7 +168,7 @@ def segment(
     labels = _in_whole_image(labels, geometry, BACKGROUND)
     inside = int(np.count_nonzero(brain & (labels != BACKGROUND)))
     features = input_features(scan) | prediction_features(
-        inside, int(np.count_nonzero(brain)), tumour_entropy, agreement
+        inside, int(np.count_nonzero(brain)), tumour_entropy, segmented.flip_agreement
     )
     return Prediction(
         subject=subject.id,
@@ -176,11 +186,27 @@ def segment(
             for name, members in STRUCTURES.items()
         },
         tumour_entropy=tumour_entropy,
-        flip_agreement=agreement,
+        flip_agreement=segmented.flip_agreement,
         features=features,
         warnings=tuple(judge(features, codes, reference)),
         findings=tuple(findings),
     ), findings
+
+
+def segment_image(
+    model: Model, image: np.ndarray, geometry: Geometry, options: Options
+) -> Segmented:
+    """From a prepared image (C, X, Y, Z) on the working grid to labels in the subject's own voxels.
+
+    Raises:
+        MemoryError: there is not enough of it.
+    """
+    scores, agreement = _scores(model, image, options.flips)
+    own = own_scores(scores, geometry)
+    labels = best_class(own)
+    probabilities = torch.softmax(own, dim=0).cpu().numpy()
+    labels = postprocess(labels, probabilities, geometry.spacing, options.postprocess)
+    return Segmented(labels, probabilities, agreement)
 
 
 def normalised_entropy(probabilities: np.ndarray) -> np.ndarray:

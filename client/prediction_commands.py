@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -131,7 +131,7 @@ def predict(
         raise typer.BadParameter(
             "maps are NIfTI files beside OUT; give OUT as .nii.gz.", param_hint="OUT"
         )
-    steps = _steps(
+    steps = chosen_steps(
         postprocess,
         {
             "threshold": threshold,
@@ -222,7 +222,8 @@ def _is_one_file(out: Path) -> bool:
     return False
 
 
-def _steps(preset: str, overrides: dict[str, Any]) -> PostProcessing:
+def chosen_steps(preset: str, overrides: Mapping[str, Any] | None = None) -> PostProcessing:
+    """The post-processing of that name, with the single steps that are not None in place of its own."""
     from dataclasses import replace
 
     from client.postprocessing import PRESETS
@@ -231,7 +232,7 @@ def _steps(preset: str, overrides: dict[str, Any]) -> PostProcessing:
         raise typer.BadParameter(
             f"{preset!r} is not one of {', '.join(PRESETS)}.", param_hint="--postprocess"
         )
-    given = {name: value for name, value in overrides.items() if value is not None}
+    given = {name: value for name, value in (overrides or {}).items() if value is not None}
     return replace(PRESETS[preset], **given)
 
 

@@ -1,28 +1,44 @@
 """Every score of single subjects, whatever segments them: what an evaluation is made from.
 
-A `Segmenter` turns a prepared subject into labels; another one (with flips, with post-processing) is put
-in its place without a change here.
+A `Segmenter` turns a prepared subject into labels: as the rounds of a federation do, or as `fed-client
+predict` does with flips and post-processing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from client.evaluation import predict
-from client.prediction import Model
+from client.postprocessing import NONE, PostProcessing
+from client.prediction import Model, Options, segment_image
 from common.brats import BACKGROUND, STRUCTURES
+from common.evaluation_document import EvaluationError
 from common.evaluation_summary import SubjectResult
 from common.lesions import lesion_scores
 from common.metrics import REGIONS, subject_metrics
 from sites.cache import CachedSubject
+from sites.preprocess import placed
 
 Segmenter = Callable[[CachedSubject], np.ndarray]
 """A prepared subject -> uint8 system labels in its own voxels inside `geometry.truth_box`."""
+PLAIN = Options(postprocess=NONE)  # what the rounds of a federation are measured with
+
+
+def segmenter_of(model: Model, options: Options) -> Segmenter:
+    """The plain one where nothing else is asked for: its figures are those of the rounds to the last bit."""
+    if is_plain(options):
+        return plain_segmenter(model)
+    return segmenter_as_predicted(model, options)
+
+
+def is_plain(options: Options) -> bool:
+    return not options.flips and options.postprocess == NONE
 
 
 def plain_segmenter(model: Model) -> Segmenter:
@@ -35,6 +51,57 @@ def plain_segmenter(model: Model) -> Segmenter:
         return predict(fast.network, subject.image(), subject.geometry, fast.config, fast.device)
 
     return segment
+
+
+def segmenter_as_predicted(model: Model, options: Options) -> Segmenter:
+    """The labels of `client.prediction.segment`, inside the box that a subject's truth has.
+
+    Raises, when it segments:
+        EvaluationError: the memory is too small for the subject.
+    """
+
+    def segment(subject: CachedSubject) -> np.ndarray:
+        image = np.asarray(subject.image())
+        try:
+            labels = segment_image(model, image, subject.geometry, options).labels
+        except MemoryError as error:
+            raise EvaluationError(
+                f"{subject.id} is too large for this machine's memory; move it elsewhere."
+            ) from error
+        return placed(labels, subject.geometry)
+
+    return segment
+
+
+def segmentation_of(options: Options) -> dict[str, Any]:
+    """How subjects were segmented, for an evaluation's document."""
+    return {"flips": options.flips, "postprocess": asdict(options.postprocess)}
+
+
+def segmentation_remarks(options: Options) -> list[str]:
+    """What a reader must know of an evaluation that is not plain, in words."""
+    if is_plain(options):
+        return []
+    steps = _in_words(options.postprocess)
+    flips = "the mean of the 8 mirror images" if options.flips else "no mirror images"
+    after = f"post-processing ({steps})" if steps else "no post-processing"
+    remark = (
+        f"Segmented with {flips} and {after}: these are not the figures of the rounds, which measure the "
+        "network's labels as they are."
+    )
+    return [remark]
+
+
+def _in_words(steps: PostProcessing) -> str:
+    said = [
+        (steps.threshold is not None, f"threshold {steps.threshold}"),
+        (steps.opening_mm > 0, f"opening {steps.opening_mm:g} mm"),
+        (steps.closing_mm > 0, f"closing {steps.closing_mm:g} mm"),
+        (steps.fill_holes, "holes filled"),
+        (steps.smallest_mm3 > 0, f"no pieces under {steps.smallest_mm3:g} mm³"),
+        (steps.tiny_et_mm3 > 0, f"ET under {steps.tiny_et_mm3:g} mm³ in all is NCR"),
+    ]
+    return ", ".join(words for on, words in said if on)
 
 
 def subject_result(

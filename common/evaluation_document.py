@@ -41,6 +41,7 @@ def evaluation_document(
     *,
     model: Mapping[str, str],
     of: str,
+    segmentation: Mapping[str, Any],
     confidence: float,
     remarks: Sequence[str] = (),
     findings: Sequence[Mapping[str, str]] = (),
@@ -51,6 +52,7 @@ def evaluation_document(
     Args:
         model: its "file" and "sha256".
         of: whose results they are: "held-out" or "training" subjects of a run, or a "folder".
+        segmentation: how: "flips" and "postprocess", the steps after the network.
         remarks: sentences that a reader of the numbers must know.
         findings: as `sites.finding.Finding.as_dict`.
         left_out: "site", "subject" and "why" of every subject without results.
@@ -62,6 +64,7 @@ def evaluation_document(
         "model": dict(model),
         "note": NOTE,
         "of": of,
+        "segmentation": dict(segmentation),
         "confidence": confidence,
         "remarks": list(remarks),
         "subjects": [_plain(result) for result in results],

@@ -22,6 +22,7 @@ METRICS = ("dice", "iou", "hd95", "sensitivity", "specificity", "precision")
 LESION_METRICS = ("lesion_dice", "lesion_hd95")  # of the regions WT, TC and ET only
 GRADES = ("HGG", "LGG", "unknown")
 SIZES = ("small", "medium", "large")
+RANKS = ("best", "median", "worst", "the only one")
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,13 @@ class SubjectResult:
     scores: dict[str, dict[str, float]]
 
     @property
+    def dice(self) -> dict[str, float]:
+        return {region: self.scores[region]["dice"] for region in REGIONS}
+
+    @property
     def regions_dice(self) -> float:
         """The headline figure: the mean Dice of WT, TC and ET."""
-        return math.fsum(self.scores[region]["dice"] for region in REGIONS) / len(REGIONS)
+        return math.fsum(self.dice.values()) / len(REGIONS)
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,26 @@ def by_site(results: Sequence[SubjectResult]) -> dict[str, list[SubjectResult]]:
         site: [result for result in results if result.site == site]
         for site in sorted({result.site for result in results})
     }
+
+
+def ranked(results: Sequence[SubjectResult]) -> list[SubjectResult]:
+    """By the mean Dice of WT, TC and ET, worst first; the order of `results` has no influence."""
+    return sorted(results, key=lambda r: (r.regions_dice, r.site, r.subject))
+
+
+def shown_subjects(results: Sequence[SubjectResult]) -> dict[str, SubjectResult]:
+    """The best, the median (the lower one of two) and the worst; fewer where there are fewer.
+
+    The keys are of RANKS.
+    """
+    order = ranked(results)
+    last = len(order) - 1
+    places = {"best": last, "median": last // 2, "worst": 0}
+    if len(order) == 2:
+        del places["median"]
+    elif len(order) < 2:
+        places = {"the only one": 0} if order else {}
+    return {rank: order[place] for rank, place in places.items()}
 
 
 def over_sites(results: Sequence[SubjectResult], confidence: float) -> Group:

@@ -44,6 +44,16 @@ def evaluation_tables(document: Mapping[str, Any]) -> Group:
 
 def lines(document: Mapping[str, Any]) -> Iterator[str]:
     """Fairness, left-out subjects and remarks, in words."""
+    yield from fairness_lines(document)
+    for subject in document["left_out"]:
+        site = f" of {plain(subject['site'])}" if subject["site"] else ""
+        yield f"Left out: {plain(subject['subject'])}{site}: {plain(subject['why']).rstrip('.')}."
+    yield from document["remarks"]
+    yield NOTE
+
+
+def fairness_lines(document: Mapping[str, Any]) -> Iterator[str]:
+    """How Dice differs between sites, grades and sizes of tumours, in words."""
     fairness = document["fairness"]
     between = fairness["sites"]
     if between is None:
@@ -70,11 +80,6 @@ def lines(document: Mapping[str, Any]) -> Iterator[str]:
         for size, text in ranges.items():
             if size in sizes:
                 yield f"Tumours {text} ({size}): {_dice_in_words(sizes[size])}."
-    for subject in document["left_out"]:
-        site = f" of {plain(subject['site'])}" if subject["site"] else ""
-        yield f"Left out: {plain(subject['subject'])}{site}: {plain(subject['why']).rstrip('.')}."
-    yield from document["remarks"]
-    yield NOTE
 
 
 def _subjects_of(document: Mapping[str, Any]) -> str:

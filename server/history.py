@@ -341,6 +341,11 @@ class History:
         try:
             yield
         except sqlite3.DatabaseError as error:
+            if getattr(error, "sqlite_errorname", "") == "SQLITE_READONLY_ROLLBACK":
+                raise HistoryError(
+                    f"{self._path}: the run was killed in the middle of writing. Type the run's command "
+                    "again, which repairs it."
+                ) from error
             raise HistoryError(
                 f"{self._path}: the run's history cannot be read or written ({error}). Free disk "
                 "space or restore the file, or start a new run in another folder."

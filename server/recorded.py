@@ -1,18 +1,16 @@
 """What a run has recorded, read once: so that all of a report is of the same moment.
 
-The history is copied first and the copy read, so that nothing is changed and a run in progress can be
-looked at at any time. For a report that others may read, `published` hides the names of the sites that
+A copy of the history is read, so that nothing is changed and a run in progress can be looked at at any
+time. For a report that others may read, `published` hides the names of the sites that
 hide theirs, as `server.shown_names` does for an exported model.
 """
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -23,8 +21,6 @@ from server.history import History, HistoryError, RoundRecord
 from server.privacy_report import aggregation_in_words, privacy_document
 from server.shown_names import named_in, shown_names, text_with, verdict_with
 from server.tables import Verdict, verdict
-
-PATIENCE = 60  # seconds to wait for a writer
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ def read_recorded(
     Raises:
         HistoryError: it cannot be read.
     """
-    with _copied(path) as history:
+    with _read(path) as history:
         noted = history.noted("terms")
         init = history.noted("init_from")
         judged, records, cards = verdict(history), history.rounds(), history.sites()
@@ -135,23 +131,12 @@ def published(recorded: Recorded) -> Recorded:
 
 
 @contextmanager
-def _copied(path: Path) -> Iterator[History]:
+def _read(path: Path) -> Iterator[History]:
     """The history as it is at this moment, between two transactions of whoever writes it."""
-    with TemporaryDirectory() as folder:
-        copy = Path(folder) / path.name
-        try:
-            # "rw": SQLite may have to undo what a killed process left half written; nothing is made
-            address = f"{path.absolute().as_uri()}?mode=rw"
-            with (
-                closing(sqlite3.connect(address, uri=True, timeout=PATIENCE)) as source,
-                closing(sqlite3.connect(copy)) as target,
-            ):
-                source.backup(target)
-            with History(copy) as history:
-                yield history
-        except HistoryError as error:
-            raise HistoryError(str(error).replace(str(copy), str(path))) from error
-        except (sqlite3.DatabaseError, ValueError) as error:  # also what is no JSON in it
-            raise HistoryError(
-                f"{path}: the run's history cannot be read ({error}). Restore the file."
-            ) from error
+    try:
+        with History(path, copied=True) as history:
+            yield history
+    except ValueError as error:  # what should be JSON in it is none
+        raise HistoryError(
+            f"{path}: the run's history cannot be read ({error}). Restore the file."
+        ) from error

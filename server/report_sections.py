@@ -17,6 +17,7 @@ import yaml
 
 from common.code_hash import code_hash
 from common.console import many
+from common.evaluation_summary import GRADES
 from common.metrics import REGIONS, SiteMetrics, mean_dice
 from server.privacy_report import EXPLAINED, HEADINGS, remarks, site_row
 from server.recorded import Recorded
@@ -252,8 +253,15 @@ def nothing_of_subjects() -> Section:
     return Section("subjects", "Single subjects and scans", [NO_SUBJECTS])
 
 
-def cohort(recorded: Recorded, remarks: Sequence[str] = ()) -> Section:
-    """Who takes part, with how many subjects. What a site hides is shown as hidden."""
+def cohort(
+    recorded: Recorded,
+    remarks: Sequence[str] = (),
+    grades: Mapping[str, Mapping[str, int]] | None = None,
+) -> Section:
+    """Who takes part, with how many subjects. What a site hides is shown as hidden.
+
+    `grades`: site -> grade -> held-out subjects, where these are known; a coordinator knows none.
+    """
     found = recorded.measured
     metrics = found[1] if found else {}
     rows = []
@@ -274,10 +282,21 @@ def cohort(recorded: Recorded, remarks: Sequence[str] = ()) -> Section:
     told = [card.n_training for card in recorded.cards if card.n_training is not None]
     totals = [sum(told), *(sum(getattr(c, k) for c in recorded.cards) for k in _COUNTS)]
     rows.append(["all", "", *map(str, totals), "", ""])
-    headings = ("site", "role", "training", "held out", "left out", "rounds", "mean Dice")
+    headings: tuple[str, ...] = (
+        *("site", "role", "training", "held out", "left out", "rounds", "mean Dice"),
+    )
+    if grades:
+        headings = (*headings, "held out by grade")
+        for row in rows[:-1]:
+            row.append(_counted(grades.get(row[0], {})))
+        rows[-1].append(_counted({g: sum(s.get(g, 0) for s in grades.values()) for g in GRADES}))
     caption = "Subjects of each site. Left out: unusable, as the site's own check says."
     table = Table(headings, rows, caption, left=2, summary=1)
     return Section("cohort", "Cohort", [], [table], remarks=remarks)
+
+
+def _counted(grades: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {grade}" for grade, n in grades.items() if n) or "-"
 
 
 def privacy(recorded: Recorded, config: Mapping[str, Any], *, simulated: bool = False) -> Section:

@@ -12,9 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from client.device import use_threads
-from client.prediction import Model, load_model
+from client.postprocessing import PRESETS
+from client.prediction import Model, Options, load_model
 from client.site import Site, load_site
-from client.subject_results import Segmenter, plain_segmenter, subject_result
+from client.subject_results import (
+    PLAIN,
+    Segmenter,
+    is_plain,
+    segmentation_of,
+    segmentation_remarks,
+    segmenter_of,
+    subject_result,
+)
 from common.config import FederationConfig
 from common.evaluation_document import (
     DOCUMENT,
@@ -49,7 +58,8 @@ def evaluate_run(
     *,
     confidence: float = 0.95,
     training: bool = False,
-    segmenter: Callable[[Model], Segmenter] = plain_segmenter,
+    options: Options = PLAIN,
+    segmenter: Callable[[Model, Options], Segmenter] = segmenter_of,
 ) -> dict[str, Any]:
     """Segment and measure every held-out (or `training`) subject of the run with its model, or another.
 
@@ -72,7 +82,7 @@ def evaluate_run(
     if not work:
         what = "training" if training else "held-out"
         raise EvaluationError(f"{run}: its sites have no {what} subject to evaluate on.")
-    segment = segmenter(loaded)
+    segment = segmenter(loaded, options)
     results = [
         subject_result(
             site.name,
@@ -87,6 +97,7 @@ def evaluate_run(
         results,
         model={"file": str(path), "sha256": digest},
         of="training" if training else "held-out",
+        segmentation=segmentation_of(options),
         confidence=confidence,
         findings=_findings(run),
         left_out=_left_out(run, sites),
@@ -95,7 +106,8 @@ def evaluate_run(
         of.is_file() and file_sha256(of) == digest
         for of in (RunFolder(run).model, RunFolder(run).model_worst_site)
     )
-    remarks = [TRAINED_ON if training else CHOSEN if own else PERHAPS_CHOSEN, INTERVALS]
+    about_model = TRAINED_ON if training else CHOSEN if own else PERHAPS_CHOSEN
+    remarks = [about_model, *segmentation_remarks(options), INTERVALS]
     single = document["over_sites"]["WT"]["dice"]["single_patient_sites"]
     if single:
         remarks.append(
@@ -107,21 +119,31 @@ def evaluate_run(
     return {**document, "remarks": remarks}
 
 
-def evaluation_folder(run: Path, model: Path | None = None, *, training: bool = False) -> Path:
-    """Where an evaluation is kept: RUN/evaluation for the run's own model, else one named by the model."""
+def evaluation_folder(
+    run: Path, model: Path | None = None, *, training: bool = False, options: Options = PLAIN
+) -> Path:
+    """Where an evaluation is kept: RUN/evaluation for the run's own model, else one named by the model;
+    flips and post-processing are in its name too."""
     name = "evaluation-training" if training else "evaluation"
+    if not is_plain(options):
+        presets = [preset for preset, steps in PRESETS.items() if steps == options.postprocess]
+        name += ("-flips" if options.flips else "") + f"-postprocess-{[*presets, 'other'][0]}"
     if model is not None and model.resolve() != RunFolder(run).model.resolve():
         name += f"-{file_sha256(model)[:12]}"
     return run / name
 
 
 def stored_evaluation(run: Path, model: Path | None = None) -> dict[str, Any] | None:
-    """The evaluation on held-out subjects that is kept in the run's folder, if it is of the model
-    that is there now."""
+    """The plain evaluation on held-out subjects that is kept in the run's folder, if it is of the
+    model that is there now."""
     path = RunFolder(run).model if model is None else model
     try:
         document = read_evaluation(evaluation_folder(run, model) / DOCUMENT)
-        same = document["model"]["sha256"] == file_sha256(path)
+        same = (
+            document["model"]["sha256"] == file_sha256(path)
+            and document["segmentation"] == segmentation_of(PLAIN)
+            and document["of"] == "held-out"
+        )
     except (EvaluationError, OSError, KeyError, TypeError):
         return None
     return document if same else None

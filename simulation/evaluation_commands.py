@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from client.evaluation_commands import Flips, Steps
+from client.prediction_commands import chosen_steps
 from common.console import failing_in_words, printable, standard_output, start_logging
 
 
@@ -30,16 +32,20 @@ def evaluate(
     training: Annotated[
         bool, typer.Option("--training", help="The training subjects instead, to see overfitting.")
     ] = False,
+    flips: Flips = False,
+    postprocess: Steps = "none",
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON document on standard output.")
     ] = False,
 ) -> None:
     """Measure every held-out subject: Dice, IoU, HD95, lesion-wise scores, with intervals and fairness.
 
-    Writes evaluation.json, subjects.csv and summary.csv. For research; not a medical device. Exit code
-    0: done. 1: it is not possible. 2: wrong usage.
+    Writes evaluation.json, subjects.csv and summary.csv. Without flips and post-processing the figures are
+    those of the rounds; fed-client predict post-processes by default. For research; not a medical device.
+    Exit code 0: done. 1: it is not possible. 2: wrong usage.
     """
     start_logging()
+    steps = chosen_steps(postprocess)
     with failing_in_words("fed-sim", _foreseen):
         if not run.is_dir():
             raise typer.BadParameter(f"{run} is no folder.", param_hint="RUN")
@@ -47,14 +53,18 @@ def evaluate(
             raise typer.BadParameter(f"{model} is no file.", param_hint="--model")
         if out is not None and out.exists() and not out.is_dir():
             raise typer.BadParameter(f"{out} is no folder.", param_hint="--out")
+        from client.prediction import Options
         from common.evaluation_document import as_json as json_text
         from common.evaluation_document import require_writable, write_evaluation
         from common.evaluation_table import evaluation_tables
         from simulation.evaluation import evaluate_run, evaluation_folder
 
-        folder = out or evaluation_folder(run, model, training=training)
+        options = Options(flips=flips, postprocess=steps)
+        folder = out or evaluation_folder(run, model, training=training, options=options)
         require_writable(folder)
-        document = evaluate_run(run, model, confidence=confidence, training=training)
+        document = evaluate_run(
+            run, model, confidence=confidence, training=training, options=options
+        )
         written = write_evaluation(document, folder)
         if as_json:
             print(json_text(document))

@@ -11,7 +11,6 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,11 @@ from client.overlays import CONVENTION, Case, case_of, case_title, slices_figure
 from client.prediction import Model, load_model
 from client.scene import scene_figure
 from client.site import load_site
+from client.subject_results import plain_segmenter
 from common.config import FederationConfig
 from common.config_file import load_config
 from common.console import many
+from common.evaluation_summary import SubjectResult, ranked, shown_subjects
 from common.figures import BLUE, GREEN, GREY, VERMILLION, new_figure, shown_name, styled
 from common.files import lock_holder
 from common.metrics import REGIONS
@@ -45,6 +46,8 @@ from server.report_sections import (
     who_took_part,
 )
 from server.tables import number
+from simulation.evaluation import stored_evaluation
+from simulation.report_evaluation import evaluation_section, held_out_grades
 from sites.cache import CacheError
 
 LOG = logging.getLogger("fedbrats")
@@ -54,23 +57,6 @@ WAYS = {  # as `simulation.baselines.WAYS`: colour, marker, filled
     "federated": (BLUE, "s", True),
     "centralised": (GREEN, "^", True),
 }
-
-
-@dataclass(frozen=True)
-class SubjectResult:
-    """One held-out subject's scores: structure -> metric -> value, NaN where undefined."""
-
-    site: str
-    subject: str
-    scores: Mapping[str, Mapping[str, float]]
-
-    @property
-    def dice(self) -> dict[str, float]:
-        return {region: self.scores[region]["dice"] for region in REGIONS}
-
-    @property
-    def mean_dice(self) -> float:
-        return math.fsum(self.dice.values()) / len(REGIONS)
 
 
 def simulations_report(run: Path) -> Report:
@@ -86,16 +72,18 @@ def simulations_report(run: Path) -> Report:
     config = load_config(folder.config)
     recorded = read_recorded(folder.history, {}, config.name)
     results = _results(run)
+    evaluation = stored_evaluation(run) if recorded.final else None
     subjects = _subject_results(run, recorded)
     plain_config = config.model_dump(mode="json")
     sections = [
         who_took_part(recorded),
         measured(recorded, _against_threshold(results)),
+        evaluation_section(evaluation),
         *over_the_rounds(recorded),
         *_comparison(results),
         *(_over_subjects(subjects, recorded) if subjects else spread_over_sites(recorded)),
         *_pictures(folder, recorded, config, subjects),
-        cohort(recorded, _about_data(results)),
+        cohort(recorded, _about_data(results), held_out_grades(evaluation)),
         privacy(recorded, plain_config, simulated=True),
         configuration(recorded, plain_config),
     ]
@@ -112,9 +100,12 @@ def simulations_report(run: Path) -> Report:
 def per_subject_document(run: Path, stage: str) -> dict[str, Any]:
     """{"subjects": [{"site", "subject", "scores"}]} of the held-out subjects of all sites.
 
-    The one place that knows where these are from: what each simulated site has kept of its evaluation.
-    `stage`: `final`, or `round-0003`.
+    The one place that knows where these are from: of the chosen model what `fed-sim evaluate` has kept,
+    else what each simulated site has. `stage`: `final`, or `round-0003`.
     """
+    evaluation = stored_evaluation(run) if stage == "final" else None
+    if evaluation is not None:
+        return evaluation
     found = []
     for path in sorted((run / "sites").glob(f"*/evaluation/{stage}.json")):
         site = json.loads((path.parents[1] / "site.json").read_text(encoding="utf-8"))["site"]
@@ -131,9 +122,12 @@ def _subject_results(run: Path, recorded: Recorded) -> list[SubjectResult]:
         document = per_subject_document(run, stage)
         return [
             SubjectResult(
-                entry["site"],
-                entry["subject"],
-                {
+                site=entry["site"],
+                subject=entry["subject"],
+                patient=entry.get("patient", entry["subject"]),
+                grade=entry.get("grade"),
+                tumour_ml=entry.get("tumour_ml", math.nan),
+                scores={
                     structure: {key: math.nan if v is None else float(v) for key, v in of.items()}
                     for structure, of in entry["scores"].items()
                 },
@@ -266,40 +260,22 @@ def _over_subjects(subjects: Sequence[SubjectResult], recorded: Recorded) -> lis
                 "five subjects or more; line: the median.",
             )
         )
-    ranked = _ranked(subjects)
+    order = ranked(subjects)
     rows = [
         [
             s.subject,
             s.site,
-            number(s.mean_dice),
+            number(s.regions_dice),
             *(number(v) for v in s.dice.values()),
             *(number(s.scores[r].get("hd95"), 1) for r in REGIONS),
         ]
-        for s in ranked[:LOWEST]
+        for s in order[:LOWEST]
     ]
     headings = ("subject", "site", "mean Dice", *(f"Dice {r}" for r in REGIONS),
                 *(f"HD95 {r}" for r in REGIONS))  # fmt: skip
-    caption = f"The {min(LOWEST, len(ranked))} of {len(ranked)} subjects with the lowest mean Dice."
+    caption = f"The {min(LOWEST, len(order))} of {len(order)} subjects with the lowest mean Dice."
     table = Table(headings, rows, caption, left=2)
     return [Section("spread", "Box plots over subjects", [], [table], plots)]
-
-
-def _ranked(subjects: Sequence[SubjectResult]) -> list[SubjectResult]:
-    """Worst first."""
-    return sorted(subjects, key=lambda s: (s.mean_dice, s.site, s.subject))
-
-
-def shown_subjects(subjects: Sequence[SubjectResult]) -> dict[str, SubjectResult]:
-    """The best, the median (the lower one of two) and the worst; fewer where there are fewer."""
-    ranked = _ranked(subjects)
-    if not ranked:
-        return {}
-    places = {"best": len(ranked) - 1, "worst": 0}
-    if len(ranked) > 2:
-        places = {"best": len(ranked) - 1, "median": (len(ranked) - 1) // 2, "worst": 0}
-    if len(ranked) == 1:
-        places = {"the only one": 0}
-    return {rank: ranked[place] for rank, place in places.items()}
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -361,8 +337,9 @@ def _model(folder: RunFolder, recorded: Recorded, config: FederationConfig) -> M
 
 
 def _cases(run: Path, shown: Any, model: Model) -> Iterator[Case]:
+    segment = plain_segmenter(model)
     for result in shown:
         site = load_site(run / "sites" / result.site)
         entry = next(entry for entry in site.held_out if entry.id == result.subject)
         LOG.info(f"{result.site}: drawing {result.subject}")
-        yield case_of(entry, model.network, model.config, model.device)
+        yield case_of(entry, model.config.modalities, segment(entry))

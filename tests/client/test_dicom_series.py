@@ -312,4 +312,7 @@ def test_without_the_extra_one_line_says_what_to_install(tmp_path):
         "except ValueError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout == "DICOM needs an extra: pip install -e '.[dicom]' -c constraints.txt in fedbrats' folder.\n", done.stderr
+    assert (
+        done.stdout
+        == "DICOM needs an extra: pip install -e '.[dicom]' -c constraints.txt in fedbrats' folder.\n"
+    ), done.stderr

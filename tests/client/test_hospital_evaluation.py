@@ -172,7 +172,7 @@ def test_scans_of_one_patient_are_told_by_the_hospitals_list(model, hospital):
 
 def test_another_segmenter_takes_the_place_of_the_models(model, hospital):
     document = evaluate_folder(
-        model, hospital, site="x", segmenter=lambda _: lambda subject: np.array(subject.truth())
+        model, hospital, site="x", segmenter=lambda *_: lambda subject: np.array(subject.truth())
     )
     assert document["pooled"]["WT"]["dice"]["mean"] == 1
     assert document["pooled"]["WT"]["lesion_hd95"]["mean"] == 0

@@ -16,6 +16,8 @@ from client.overlays import (
     slice_of,
     slices_figure,
 )
+from client.prediction import Model
+from client.subject_results import plain_segmenter
 from common.brats import ED, ET, NCR
 from common.figures import draw
 
@@ -84,10 +86,10 @@ def test_without_tumour_in_truth_the_predictions_is_shown_and_without_any_the_mi
 def test_a_case_has_scan_truth_and_prediction_in_the_same_voxels(make_subject, tiny_config):
     labels = labels_with(((2, 3, 4), ET), ((2, 3, 5), ED))
     image = np.zeros((4, *SHAPE), np.float32)
-    image[0] = labels  # what is then predicted
+    image[0] = labels
     image[3, 1:9, 1:9, 1:7] = np.linspace(1, 2, 8)[:, None, None]  # flair
-    config = tiny_config("training.precision=fp32")
-    case = case_of(make_subject("s", image, labels), Repeats(), config, DEVICE)
+    config = tiny_config()
+    case = case_of(make_subject("s", image, labels), config.modalities, labels.copy())
     assert case.modality == "flair"
     assert (case.truth == labels).all()
     assert (case.prediction == labels).all()
@@ -107,7 +109,8 @@ def test_a_case_on_another_grid_comes_back_to_the_subjects_own(make_subject, tin
     small[0] = 0
     small[0, 4:6, 4:6, 4:6] = ED
     subject = make_subject("s", small, small[0].astype(np.uint8), truth)
-    case = case_of(subject, Repeats(), tiny_config(), DEVICE)
+    model = Model(Repeats(), tiny_config(), DEVICE)
+    case = case_of(subject, model.config.modalities, plain_segmenter(model)(subject))
     assert case.image.shape == case.truth.shape == case.prediction.shape == (16, 16, 16)
     assert (case.prediction == truth).mean() > 0.99
     assert case.image[:7].max() < case.image[9:].min()

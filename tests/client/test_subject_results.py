@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
-from client.prediction import load_model
-from client.subject_results import plain_segmenter, subject_result
+from client.postprocessing import NONE, RECOMMENDED, REFERENCE
+from client.prediction import Options, load_model, segment
+from client.subject_results import (
+    PLAIN,
+    plain_segmenter,
+    segmentation_remarks,
+    segmenter_of,
+    subject_result,
+)
 from common.brats import STRUCTURES
 from common.evaluation_summary import LESION_METRICS, METRICS
 from common.metrics import REGIONS
 from common.model import initial_weights
 from common.weights import save_weights
+from sites.subject import discover
 
 
 def scored(subject, labels, **more):
@@ -77,3 +88,43 @@ def test_a_model_segments_a_prepared_subject_inside_its_truth_box(prepared, tiny
     subject = prepared.ready[0]
     labels = plain_segmenter(load_model(path))(subject)
     assert (labels.shape, labels.dtype) == (subject.truth().shape, np.uint8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [Options(flips=True), Options(postprocess=REFERENCE)],
+    ids=["flips and recommended", "reference"],
+)
+def test_with_flips_and_steps_the_labels_are_those_that_predict_writes(
+    options, prepared, cohort_data, tiny_config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("client.device.available_cores", lambda: 1)  # other sessions are here too
+    config = tiny_config()
+    torch.manual_seed(0)
+    weights = {  # untrained ones say the same everywhere
+        name: of + 0.3 * torch.randn_like(of) if of.is_floating_point() else of
+        for name, of in initial_weights(config).items()
+    }
+    path = tmp_path / "model.safetensors"
+    save_weights(path, weights, {"config": config.agreed()})
+    model = load_model(path)
+    subject = prepared.ready[0]
+    [source] = [s for s in discover(cohort_data).subjects if s.id == subject.id]
+    made, _ = segment(model, source, options)
+    assert made is not None
+    # labels outside the brain widen the box of the truth: here to the whole image
+    whole = ((0, 0, 0), subject.geometry.shape)
+    wide = replace(subject, geometry=replace(subject.geometry, truth_box=whole))
+    labels = segmenter_of(model, options)(wide)
+    np.testing.assert_array_equal(labels, made.labels)
+    assert (labels != segmenter_of(model, PLAIN)(wide)).any(), "the options do something here"
+
+
+def test_what_was_done_to_the_labels_is_said_unless_it_is_nothing():
+    assert segmentation_remarks(PLAIN) == []
+    [said] = segmentation_remarks(Options(postprocess=REFERENCE))
+    assert "no mirror images" in said
+    assert "threshold 0.5, opening 1 mm, closing 1 mm, no pieces under 100 mm³" in said
+    [said] = segmentation_remarks(Options(flips=True, postprocess=NONE))
+    assert "mean of the 8 mirror images and no post-processing" in said
+    assert "holes filled" in segmentation_remarks(Options(postprocess=RECOMMENDED))[0]

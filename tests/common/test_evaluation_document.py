@@ -28,7 +28,8 @@ MODEL = {"file": "model.safetensors", "sha256": "ab" * 32}
 
 
 def document(results=RESULTS, **more):
-    settings = {"model": MODEL, "of": "held-out", "confidence": 0.95}
+    plain = {"flips": False, "postprocess": {"fill_holes": False}}
+    settings = {"model": MODEL, "of": "held-out", "confidence": 0.95, "segmentation": plain}
     return evaluation_document(results, **{**settings, **more})
 
 

@@ -147,7 +147,7 @@ def test_a_run_killed_in_the_middle_of_writing_is_said_in_words(run, tmp_path):
     assert (killed / "history.sqlite-journal").stat().st_size > 0
     before = {p.name: p.read_bytes() for p in killed.iterdir()}
     told = recorded(Source(killed))
-    assert told["problem"]
+    assert "killed in the middle of writing" in told["problem"]
     assert {p.name: p.read_bytes() for p in killed.iterdir()} == before
     with History(killed / "history.sqlite") as history:
         assert len(history.rounds()) == 2

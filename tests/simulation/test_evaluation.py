@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from client.prediction import Options
 from common.evaluation_document import EvaluationError, write_evaluation
 from common.model import initial_weights
 from common.weights import load_weights, save_weights
@@ -39,7 +40,7 @@ def run(finished_run: FinishedRun, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def perfect(_):
+def perfect(*_):
     return lambda subject: np.array(subject.truth())
 
 
@@ -86,6 +87,26 @@ def test_a_stored_evaluation_is_of_the_model_that_is_there(run, document):
     save_weights(run / "model.safetensors", weights, {**about, "round": 99})
     assert stored_evaluation(run) is None
     (run / "evaluation" / "evaluation.json").write_text("{")
+    assert stored_evaluation(run) is None
+
+
+def test_another_segmentation_has_a_folder_of_its_own_and_is_not_taken_for_the_plain_one(
+    run, document
+):
+    write_evaluation(document, evaluation_folder(run))
+    done = fed_sim(run, "--postprocess", "recommended")
+    assert done.exit_code == 0, done.output
+    assert "post-processing (opening 1 mm, holes filled)" in words(done.stdout)
+    folders = sorted(path.name for path in run.glob("evaluation*"))
+    assert folders == ["evaluation", "evaluation-postprocess-recommended"]
+    assert stored_evaluation(run) == document
+    other = json.loads((run / folders[1] / "evaluation.json").read_text())
+    assert other["segmentation"]["flips"] is False
+    assert other["segmentation"]["postprocess"]["opening_mm"] == 1
+    assert other["subjects"] != document["subjects"]
+    flips = evaluation_folder(run, options=Options(flips=True))
+    assert flips.name == "evaluation-flips-postprocess-recommended"
+    write_evaluation(other, evaluation_folder(run))  # as --out can
     assert stored_evaluation(run) is None
 
 
@@ -187,6 +208,7 @@ def test_wrong_usage_is_told_before_anything_is_read(run, tmp_path):
         ((tmp_path / "gone",), "is no folder"),
         ((run, "--model", tmp_path / "gone"), "is no file"),
         ((run, "--out", tmp_path / "file"), "is no folder"),
+        ((run, "--postprocess", "much"), "not one of none, reference, recommended"),
     ):
         failed = fed_sim(*arguments)
         assert failed.exit_code == 2

@@ -8,22 +8,24 @@ import shutil
 import sqlite3
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from client.evaluation import evaluate
 from client.prediction import load_model
 from client.site import load_site
+from common.evaluation_document import write_evaluation
+from common.evaluation_summary import SubjectResult, shown_subjects
 from common.metrics import REGIONS
 from server.history import History
 from server.tables import number
 from simulation.cli import app
+from simulation.evaluation import evaluate_run, evaluation_folder
 from simulation.report import (
-    SubjectResult,
     _comparison,
     _over_subjects,
     per_subject_document,
-    shown_subjects,
     simulations_report,
 )
 from tests.browser import chromium, complaints
@@ -52,7 +54,7 @@ def copied(finished_run, tmp_path) -> Path:
 
 def result(site: str, subject: str, dice: float, **more: float) -> SubjectResult:
     values = {"dice": dice, "iou": dice / 2} | more
-    return SubjectResult(site, subject, dict.fromkeys(REGIONS, values))
+    return SubjectResult(site, subject, subject, None, 1.0, dict.fromkeys(REGIONS, values))
 
 
 def test_the_page_leads_nowhere_and_is_small(page):
@@ -198,6 +200,46 @@ def test_an_unfinished_run_shows_its_last_rounds_model(copied):
         means = history.rounds()[-1].metrics["site-01"].means
     row = next(row for row in sections["final"].tables[0].rows if row[0] == "site-01")
     assert row[1] == f"{means['dice/WT']:.3f}"
+
+
+def test_a_kept_evaluation_is_in_the_report_and_its_absence_is_said(copied, monkeypatch):
+    monkeypatch.setattr("simulation.report._pictures", lambda *_: [])
+
+    def sections():
+        return {section.name: section for section in simulations_report(copied).sections}
+
+    before = sections()
+    assert "fed-sim evaluate RUN adds them" in before["evaluation"].text[0]
+    assert not before["evaluation"].tables
+    assert "held out by grade" not in before["cohort"].tables[0].headings
+
+    document = evaluate_run(copied)
+    write_evaluation(document, evaluation_folder(copied))
+    assert per_subject_document(copied, "final") == document
+    after = sections()
+    [table] = after["evaluation"].tables
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert len(rows) == 9
+    values = [s["scores"]["TC"]["dice"] for s in document["subjects"]]
+    assert rows["Dice TC"][3] == f"{np.mean(values):.3f}"
+    assert rows["Dice TC"][5] == str(len(values))
+    of = document["over_sites"]["WT"]["hd95"]
+    interval = f"{of['ci_low']:.1f}–{of['ci_high']:.1f}"
+    assert rows["HD95 WT"][:3] == [f"{of['mean']:.1f}", interval, "3"]
+    assert "lesion-wise Dice ET" in rows
+    text = " ".join(after["evaluation"].remarks)
+    worst = document["fairness"]["sites"]["regions"]["worst"]
+    assert f"{worst['site']} {worst['dice']:.3f}" in text
+    assert "Grade HGG" in text
+    assert "Tumours up to" in text
+    assert document["remarks"][0] in text
+    [cohort] = after["cohort"].tables
+    grades = {row[0]: row[-1] for row in cohort.rows}
+    n = {site: of["n"] for site, of in document["sites"].items()}
+    assert grades["site-13"] == f"{n['site-13']} LGG"
+    assert grades["all"] == f"{n['site-01'] + n['site-06']} HGG, {n['site-13']} LGG"
+    same = before["spread"].tables[0].rows, after["spread"].tables[0].rows
+    assert same[0] == same[1], "the subjects' scores are the run's own"
 
 
 def test_no_run_is_said_in_a_line(tmp_path):
