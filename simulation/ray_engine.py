@@ -1,7 +1,7 @@
 """Flower's own Ray engine, for several GPUs or machines: the same apps, the same numbers.
 
-Needs the optional extra (`pip install -e '.[ray]'` in fedbrats' folder). Ray's workers are told which node is which
-site here, because Flower's simulation gives its nodes nothing but a number.
+Needs the optional extra (`pip install -e '.[ray]'` in fedbrats' folder). Ray's workers are told which
+node is which site here, because Flower's simulation gives its nodes nothing but a number.
 """
 
 from __future__ import annotations
