@@ -111,9 +111,7 @@ def test_an_upload_that_was_cut_arrives_after_all(survived):
 def test_a_killed_client_comes_back_within_the_round(survived):
     first, second = survived.clients[KILLED]
     assert first.process.returncode == -signal.SIGKILL
-    assert (
-        "another client is connected with this site's key, or was until less than" in second.text()
-    )
+    # whether it is told to wait for the first one's time to run out depends on how quickly it starts
     assert "round 3: update" not in first.text()
     assert "round 3: update" in second.text()
 
