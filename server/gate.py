@@ -1,7 +1,7 @@
 """What stands in front of Flower's fleet routes: who is heard, about what, and how much of it.
 
-An outsider must cost nothing: no body is read before its signed headers are checked, connections are
-counted per address and in all, and one without a request is closed. An enrolled site may be broken
+An outsider must cost nothing: no body is read before its signed headers are checked, and a connection
+without any does not last (`common.few_connections`). An enrolled site may be broken
 or hostile: what it announces as a reply must look like one, and must not touch anything that the
 server itself has sent. Not here: the contents of a reply (`server.rounds`).
 """
@@ -17,7 +17,6 @@ from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import ObjectTree
 from google.protobuf.message import DecodeError
 from starlette.concurrency import run_in_threadpool
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.fleet import HANDLERS, HEALTH, PREFIX
 
@@ -30,8 +29,6 @@ DEEPEST = 8  # message, records, record, array, piece
 LONGEST_REASON = 4000  # characters of an error text
 LONGEST_TTL = 400 * 24 * 3600.0
 BODY_SECONDS = 300.0  # for one request's body: 5 MB at 140 kbit/s
-FIRST_SECONDS = 20.0  # for the first request of a connection
-MOST_CONNECTIONS, MOST_PER_ADDRESS = 500, 100
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -43,8 +40,11 @@ class Gate:
     """The outermost layer: serves `ALLOWED` and nothing else.
 
     `enrolled` says whether a request's headers are signed by a key that counts; `own` holds the ids
-    of all objects that the server has sent.
+    of all objects that the server has sent. `keep` is told the other end of a connection, as ASGI's
+    `client`, whose request is so signed.
     """
+
+    keep: Callable[[object], None] = staticmethod(lambda client: None)
 
     def __init__(
         self, app: App, enrolled: Callable[[dict[str, str]], bool], own: Container[str]
@@ -69,6 +69,7 @@ class Gate:
             return await self._app(scope, receive, send)
         if not await run_in_threadpool(self._enrolled, headers):
             return await _refuse(401, scope, send)
+        self.keep(scope.get("client"))
         try:
             body = await asyncio.wait_for(_body(receive), BODY_SECONDS)
         except (TimeoutError, ConnectionError):
@@ -106,25 +107,6 @@ def reply_problem(body: bytes, own: Container[str]) -> str:
     if metadata.message_id != tree.object_id:
         return "its name is not that of its pieces"
     return ""
-
-
-class Limited(HttpToolsProtocol):
-    """Uvicorn's connection, of which there may be only so many, and none that asks nothing."""
-
-    _address = ""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._address = str((transport.get_extra_info("peername") or ("?",))[0])
-        same = sum(self._address == getattr(c, "_address", "") for c in self.connections)
-        if len(self.connections) > MOST_CONNECTIONS or same > MOST_PER_ADDRESS:
-            transport.abort()
-            return
-        self._first = self.loop.call_later(FIRST_SECONDS, self._close_if_unused)
-
-    def _close_if_unused(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
-            self.transport.close()
 
 
 def _pieces(tree: ObjectTree, depth: int = 0) -> Iterator[tuple[int, ObjectTree]]:

@@ -45,11 +45,14 @@ from flwr.supercore.primitives.asymmetric import (
     verify_signature,
 )
 
+from common.few_connections import FewConnections
 from server.fleet import Fleet
-from server.gate import Gate, Limited
+from server.gate import Gate
 from server.link_state import LinkState
 
 KEEP_ALIVE_SECONDS = 75
+MOST_CONNECTIONS, MOST_PER_ADDRESS = 500, 100
+FIRST_SECONDS = 20.0  # that a connection has until its first signed request, TLS included
 
 
 class CannotListen(RuntimeError):
@@ -138,17 +141,21 @@ def listening(app: Gate, host: str, port: int, certificate: Path, key: Path) -> 
         ) from error
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        sock = socket.create_server((host, port), family=family, backlog=128)
+        plain = socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
         raise CannotListen(
             f"Cannot listen on {host} port {port} ({error.strerror}); another program may use it. "
             "Choose another `server.port` or `server.listen` in federation.yaml."
         ) from error
+    sock = FewConnections(
+        plain, most=MOST_CONNECTIONS, most_per_address=MOST_PER_ADDRESS, seconds=FIRST_SECONDS
+    )
+    app.keep = sock.keep
     config = uvicorn.Config(
         app,
         ssl_certfile=str(certificate),
         ssl_keyfile=str(key),
-        http=Limited,
+        loop="asyncio",  # which accepts by way of the socket
         log_config=None,
         access_log=False,
         server_header=False,

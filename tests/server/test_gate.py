@@ -9,6 +9,7 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -18,7 +19,7 @@ from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import ObjectTree
 
 from client.connection import Connection, RunOver, Unreachable
-from server import gate
+from server import gate, superlink
 from server.gate import DEEPEST, LONGEST_REASON, MOST_PIECES, reply_problem
 from tests.link import Link, linked, reply_to, signed_request, take, until
 
@@ -164,17 +165,63 @@ def ends(sock: socket.socket) -> bool:
     return True
 
 
-def test_a_connection_that_asks_nothing_is_closed(link, monkeypatch):
-    monkeypatch.setattr(gate, "FIRST_SECONDS", 0.3)
-    begin = time.monotonic()
-    with tls(link) as silent:
-        assert ends(silent)
-    assert time.monotonic() - begin < 15
-    with tls(link) as slow:
-        slow.sendall(b"POST /v1/fleet/push-object HTTP/1.1\r\nhost: x\r\n")
-        assert ends(slow), "half a request is none"
-    client = link.connect("a")
-    assert client.receive() is None, "who asks is served"
+@contextlib.contextmanager
+def narrow_link(folder, authority, monkeypatch, **limits) -> Iterator[Link]:
+    for name, value in limits.items():
+        monkeypatch.setattr(superlink, name, value)
+    with linked(folder, authority, "a", "b") as link:
+        yield link
+
+
+def test_a_connection_that_asks_nothing_is_closed(tmp_path, authority, monkeypatch):
+    with narrow_link(tmp_path, authority, monkeypatch, FIRST_SECONDS=0.5) as link:
+        begin = time.monotonic()
+        with tls(link) as silent:
+            assert ends(silent)
+        host, _, port = link.address.rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=20) as without_tls:
+            assert ends(without_tls)
+        assert time.monotonic() - begin < 15
+        with tls(link) as slow:
+            slow.sendall(b"POST /v1/fleet/push-object HTTP/1.1\r\nhost: x\r\n")
+            assert ends(slow), "half a request is none"
+        client = link.connect("a")
+        time.sleep(0.7)
+        assert client.receive() is None, "who asks is served, on the same connection"
+
+
+def test_a_flood_without_a_key_costs_no_files_and_disturbs_no_hospital(
+    tmp_path, authority, monkeypatch
+):
+    limits = {"MOST_PER_ADDRESS": 4, "FIRST_SECONDS": 60.0}
+    with (
+        narrow_link(tmp_path, authority, monkeypatch, **limits) as link,
+        contextlib.ExitStack() as stack,
+    ):
+        host, _, port = link.address.rpartition(":")
+        client = link.connect("a")
+        files = len(list(Path("/proc/self/fd").iterdir()))
+        flood = [
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=20))
+            for _ in range(60)
+        ]
+        until(lambda: sum(map(closed, flood)) >= 57, "all but three were closed")
+        opened_here = len(list(Path("/proc/self/fd").iterdir())) - files - len(flood)
+        assert opened_here <= 4, "the server is in this process"
+        assert client.receive() is None
+        late = link.connection("b")
+        until(lambda: opened(late), "a newer connection has a place")
+        assert late.receive() is None
+
+
+def closed(sock: socket.socket) -> bool:
+    sock.setblocking(False)
+    try:
+        return sock.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
 
 
 def opened(client: Connection) -> bool:
@@ -182,22 +229,6 @@ def opened(client: Connection) -> bool:
         client.open()
         return True
     return False
-
-
-def test_one_address_holds_only_so_many_connections(link, monkeypatch):
-    monkeypatch.setattr(gate, "MOST_PER_ADDRESS", 3)
-    with contextlib.ExitStack() as stack:
-        held = [stack.enter_context(tls(link)) for _ in range(3)]
-        for sock in held:
-            sock.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
-            assert b"200" in sock.recv(1000)
-        with contextlib.suppress(ConnectionError, ssl.SSLError):
-            assert ends(stack.enter_context(tls(link)))
-        held[0].sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
-        assert b"200" in held[0].recv(1000), "those that were there are not disturbed"
-    client = link.connection("a")
-    until(lambda: opened(client), "room again after they are gone")
-    assert client.receive() is None
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(link, monkeypatch):
