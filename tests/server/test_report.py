@@ -26,7 +26,8 @@ from server.enrolment import admit
 from server.history import TRAINING, Contribution, GivenStatement, History, RoundRecord
 from server.privacy_report import EXPLAINED
 from server.recorded import published, read_recorded
-from server.report import ReportError, page_path
+from server.report import ReportError, figures_path, page_path
+from server.shown_names import NOT_PUBLISHED
 from tests.server.test_tables import metrics
 
 HOSTILE = ("<script>alert(1)</script>", "$x^2$", "[red]", 'a" onload="x')
@@ -160,7 +161,7 @@ def test_hostile_names_are_text_in_tables_and_in_figures(finished):
     for name in HOSTILE:
         assert any(name in row for row in page.rows)
         assert page.text.count(name) > 5, "also in figures, where a label is text"
-    for path in (folder.path / "report" / "figures").glob("*.svg"):
+    for path in (folder.path / "report" / "report-figures").glob("*.svg"):
         assert "<script" not in path.read_text(encoding="utf-8")
 
 
@@ -195,7 +196,7 @@ def test_what_a_coordinator_cannot_know_is_said(finished):
 
 def test_every_figure_is_a_png_and_an_svg(finished):
     folder, _ = finished
-    names = sorted(path.name for path in (folder.path / "report" / "figures").iterdir())
+    names = sorted(path.name for path in (folder.path / "report" / "report-figures").iterdir())
     stems = {name.rsplit(".", 1)[0] for name in names}
     assert stems >= {
         "dice-and-iou",
@@ -234,7 +235,7 @@ def test_hidden_names_are_numbered_in_a_publishable_report_and_in_its_figures(
     assert_self_contained(page)
     assert page.row("another site (1)", "every round")
     assert page.row("another site (2)", "1, 3")
-    assert page.row("another site (2)", "2")[2] == "another site (2): power cut <b>"
+    assert page.row("another site (2)", "2")[2] == NOT_PUBLISHED
     files = list((folder.path / "report-publishable").rglob("*.*"))
     assert len(files) > 10
     for path in files:
@@ -295,6 +296,43 @@ def test_published_changes_names_only(tmp_path, undrawn):
     for before, after in zip(recorded.records, shown.records, strict=True):
         assert after.metrics["another site"] == before.metrics["Bergen"]
         assert after.metrics["Oslo"] == before.metrics["Oslo"]
+
+
+def test_two_pages_in_one_folder_do_not_share_figures_and_a_page_keeps_none_of_its_old_ones(
+    tmp_path, monkeypatch
+):
+    def drawn(figure, folder, name, alt, **how):
+        folder.mkdir(exist_ok=True)
+        for kind in ("png", "svg"):
+            (folder / f"{name}.{kind}").write_text(alt)
+        return Drawn(folder / f"{name}.png", folder / f"{name}.svg", Markup(""))
+
+    monkeypatch.setattr("server.report.draw", drawn)
+    folder = made(tmp_path)
+    ours, given = tmp_path / "ours.html", tmp_path / "given.html"
+    page_of(folder, "--out", ours)
+    (tmp_path / "ours-figures" / "slices-of-Bergen.png").write_text("old")
+    (tmp_path / "ours-figures" / "mine.txt").write_text("mine")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "ours-figures").iterdir()}
+    assert "“given-figures” beside this page" in page_of(folder, "--out", given).text
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "ours-figures").iterdir()} == before
+    inside = tmp_path / "ours-figures" / "inside"
+    page_of(folder, "--out", inside)
+    page_of(folder, "--out", ours)
+    names = {p.name for p in (tmp_path / "ours-figures").iterdir()}
+    assert {p.name for p in before} - names == {"slices-of-Bergen.png"}
+    assert {p.name for p in inside.iterdir()} == {"report.html", "report-figures"}
+    assert figures_path(tmp_path / "a.htm") != figures_path(tmp_path / "a.html")
+
+
+def test_a_name_cannot_draw_over_the_terminal(tmp_path, undrawn):
+    folder = made(tmp_path)
+    with sqlite3.connect(RunFolder(folder.run).history) as database:
+        for table in ("sites", "contributions", "metrics"):
+            database.execute(f"UPDATE {table} SET site = 'x\x1b[2J' WHERE site = 'Bergen'")
+    done = report(folder.path)
+    assert "see x?[2J below" in done.stdout
+    assert "\x1b" not in done.output
 
 
 # ------------------------------------------------------------------------------------- what fails
