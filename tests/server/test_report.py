@@ -14,7 +14,7 @@ from markupsafe import Markup
 from typer.testing import CliRunner
 
 from common.config_file import load_config
-from common.figures import Drawn
+from common.figures import Drawn, new_figure
 from common.keys import new_private_key
 from common.messages import SiteCard
 from common.statement import Signed, Statement, sign
@@ -26,7 +26,15 @@ from server.enrolment import admit
 from server.history import TRAINING, Contribution, GivenStatement, History, RoundRecord
 from server.privacy_report import EXPLAINED
 from server.recorded import published, read_recorded
-from server.report import ReportError, figures_path, page_path
+from server.report import (
+    Plot,
+    Report,
+    ReportError,
+    Section,
+    figures_path,
+    page_path,
+    write_report,
+)
 from server.shown_names import NOT_PUBLISHED
 from tests.server.test_tables import metrics
 
@@ -298,41 +306,36 @@ def test_published_changes_names_only(tmp_path, undrawn):
         assert after.metrics["Oslo"] == before.metrics["Oslo"]
 
 
-def test_two_pages_in_one_folder_do_not_share_figures_and_a_page_keeps_none_of_its_old_ones(
-    tmp_path, monkeypatch
-):
-    def drawn(figure, folder, name, alt, **how):
-        folder.mkdir(exist_ok=True)
-        for kind in ("png", "svg"):
-            (folder / f"{name}.{kind}").write_text(alt)
-        return Drawn(folder / f"{name}.png", folder / f"{name}.svg", Markup(""))
+def small_report(state: str = "") -> Report:
+    plot = Plot("loss", new_figure(1, 1), "nothing")
+    return Report("t", "", state, True, (), (), [Section("s", "S", plots=[plot])])
 
-    monkeypatch.setattr("server.report.draw", drawn)
-    folder = made(tmp_path)
+
+def test_two_pages_in_one_folder_do_not_share_figures_and_a_page_keeps_none_of_its_old_ones(
+    tmp_path,
+):
     ours, given = tmp_path / "ours.html", tmp_path / "given.html"
-    page_of(folder, "--out", ours)
-    (tmp_path / "ours-figures" / "slices-of-Bergen.png").write_text("old")
-    (tmp_path / "ours-figures" / "mine.txt").write_text("mine")
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "ours-figures").iterdir()}
-    assert "“given-figures” beside this page" in page_of(folder, "--out", given).text
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "ours-figures").iterdir()} == before
-    inside = tmp_path / "ours-figures" / "inside"
-    page_of(folder, "--out", inside)
-    page_of(folder, "--out", ours)
-    names = {p.name for p in (tmp_path / "ours-figures").iterdir()}
-    assert {p.name for p in before} - names == {"slices-of-Bergen.png"}
-    assert {p.name for p in inside.iterdir()} == {"report.html", "report-figures"}
+    write_report(small_report(), ours)
+    folder = figures_path(ours)
+    (folder / "slices-of-Bergen.png").write_text("old")
+    (folder / "mine.txt").write_text("mine")
+    before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    write_report(small_report(), given)
+    assert "“given-figures” beside this page" in given.read_text()
+    assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
+    write_report(small_report(), folder / "report.html")
+    write_report(small_report(), ours)
+    names = {p.name for p in folder.iterdir()}
+    assert names == {"loss.png", "loss.svg", "mine.txt", "report.html", "report-figures"}
+    assert len(list((folder / "report-figures").iterdir())) == 2
     assert figures_path(tmp_path / "a.htm") != figures_path(tmp_path / "a.html")
 
 
-def test_a_name_cannot_draw_over_the_terminal(tmp_path, undrawn):
-    folder = made(tmp_path)
-    with sqlite3.connect(RunFolder(folder.run).history) as database:
-        for table in ("sites", "contributions", "metrics"):
-            database.execute(f"UPDATE {table} SET site = 'x\x1b[2J' WHERE site = 'Bergen'")
-    done = report(folder.path)
+def test_a_name_cannot_draw_over_the_terminal(tmp_path, monkeypatch):
+    made_up = small_report("see x\x1b[2J below")
+    monkeypatch.setattr("server.report_sections.coordinators_report", lambda *_, **__: made_up)
+    done = report(made(tmp_path).path)
     assert "see x?[2J below" in done.stdout
-    assert "\x1b" not in done.output
 
 
 # ------------------------------------------------------------------------------------- what fails
