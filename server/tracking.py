@@ -1,7 +1,8 @@
 """A run's numbers for TensorBoard and MLflow, copied from its history by a process of their own.
 
 So no run waits for them or fails with them. What a target holds already is looked up there, and only
-the rest is added: to repeat or to kill this does no harm. No models, no subjects.
+the rest is added: to repeat or to kill this does no harm. No models, no subjects. An MLflow server is
+not told the names of sites that hide theirs, unless asked to; folders on this machine hold every name.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 from common.config_file import ConfigError, load_config
 from common.console import plain
@@ -24,6 +26,7 @@ from common.files import locked
 from common.metrics import REGIONS, SiteMetrics, mean_dice
 from server.dashboard_state import Source, statements_with_epsilon
 from server.history import TRAINING, History, RoundRecord
+from server.shown_names import shown_names
 from server.tables import average
 
 LOG = logging.getLogger("fedbrats")
@@ -31,6 +34,9 @@ LOOK_SECONDS = 2.0
 LOCK = "fedbrats.lock"
 FEDERATION = ""  # whose the numbers of no single site are
 RUN_TAG = "fedbrats.run"
+NAMES_TAG, ALL_NAMES, SHOWN_NAMES = "fedbrats.names", "all", "shown"  # which a target is told
+CREDENTIALS = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
+STAND_IN = re.compile(r"hospital [0-9]+")
 BATCH, PARAMETERS, LONGEST = 500, 100, 500  # MLflow takes at most 1000, 100, and 6000 characters
 
 
@@ -54,9 +60,11 @@ class Point:
 
 class Target(Protocol):
     name: str
+    hides: bool
+    """Whether it gets stand-ins for the names of sites that hide theirs."""
 
-    def open(self, run: str, parameters: Mapping[str, str]) -> None:
-        """Look up what is there. Raises NotTracked if it is of another run."""
+    def open(self, numbers: Numbers) -> None:
+        """Look up what is there. Raises NotTracked if it is of another run, or names sites otherwise."""
 
     def add(self, points: Iterable[Point]) -> int:
         """Write those that are not there yet; returns how many. Raises NotTracked."""
@@ -67,12 +75,21 @@ class Target(Protocol):
 
 @dataclass(frozen=True)
 class Numbers:
-    """Everything that is to be tracked of a run, so far. `run` tells it from every other."""
+    """Everything that is to be tracked of a run, so far. `run` tells it from every other.
+
+    `stand_ins` are what the sites that hide their names are called where they do: `hospital 2`. The
+    number is the site's place in the order in which the history first tells of all sites, so that it
+    stays when others join or change their minds.
+    """
 
     run: str
     parameters: dict[str, str]
     points: list[Point]
     complete: bool
+    stand_ins: dict[str, str] = field(default_factory=dict)
+
+    def without_hidden_names(self) -> list[Point]:
+        return [replace(p, site=self.stand_ins.get(p.site, p.site)) for p in self.points]
 
 
 def track(source: Source, targets: Sequence[Target], *, follow: bool) -> dict[str, int]:
@@ -91,13 +108,14 @@ def track(source: Source, targets: Sequence[Target], *, follow: bool) -> dict[st
         numbers = numbers_of(source) if stamp not in (seen, None) else None
         if numbers is not None and not opened:
             for target in targets:
-                target.open(numbers.run, numbers.parameters)
+                target.open(numbers)
             opened = True
         if numbers is not None:
             failed = ""
             for target in targets:
                 try:
-                    added[target.name] += target.add(numbers.points)
+                    points = numbers.without_hidden_names() if target.hides else numbers.points
+                    added[target.name] += target.add(points)
                     if numbers.complete:
                         target.finish()
                 except NotTracked as error:
@@ -128,6 +146,7 @@ def numbers_of(source: Source) -> Numbers | None:
     with History(source.run.history, copied=True) as history:
         records, final = history.rounds(), history.final()
         stated = statements_with_epsilon(history.statements())
+        cards = history.sites()
     if not records:
         return None
     points = [point for record in records for point in _of_round(record)]
@@ -140,7 +159,17 @@ def numbers_of(source: Source) -> Numbers | None:
     if final is not None:
         points += _of_final(*final)
     points = [point for point in points if math.isfinite(point.value)]
-    return Numbers(records[0].sha256, _parameters(source.config), points, final is not None)
+    told = [{c.site for c in r.contributions} | r.metrics.keys() for r in records]
+    told += [stated.keys(), final[1].keys() if final is not None else set()]
+    order = dict.fromkeys(site for sites in told for site in sorted(sites))
+    names = shown_names(cards, order)
+    stand_ins = {
+        site: f"hospital {number}"  # no enrolled name holds a space
+        for number, site in enumerate(order, start=1)
+        if names[site] != site
+    }
+    parameters = _parameters(source.config)
+    return Numbers(records[0].sha256, parameters, points, final is not None, stand_ins)
 
 
 def _of_round(record: RoundRecord) -> Iterator[Point]:
@@ -221,6 +250,7 @@ class TensorBoard:
 
     folder: Path
     name: str = "TensorBoard"
+    hides: bool = False
     _there: set[tuple[str, str, int]] = field(default_factory=set)
 
     @staticmethod
@@ -232,7 +262,7 @@ class TensorBoard:
         with locked(folder / LOCK):
             yield TensorBoard(folder)
 
-    def open(self, run: str, parameters: Mapping[str, str]) -> None:
+    def open(self, numbers: Numbers) -> None:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         logging.getLogger("tensorboard").setLevel(logging.ERROR)  # of a half-written last event
@@ -242,13 +272,13 @@ class TensorBoard:
             known.Reload()
             for tag in known.Tags()["tensors"]:
                 text = known.Tensors(tag)[-1].tensor_proto.string_val[0].decode()
-                if tag == "run/text_summary" and text != run:
+                if tag == "run/text_summary" and text != numbers.run:
                     raise NotTracked(f"{self.folder} holds another run; choose another folder.")
         if "run/text_summary" not in known.Tags()["tensors"]:
             with self._writing(FEDERATION) as writer:
-                rows = "\n".join(f"    {key}: {value}" for key, value in parameters.items())
+                rows = "\n".join(f"    {key}: {value}" for key, value in numbers.parameters.items())
                 writer.add_text("parameters", rows)
-                writer.add_text("run", run)
+                writer.add_text("run", numbers.run)
         for folder in (path for path in self.folder.iterdir() if path.is_dir()):
             events = EventAccumulator(str(folder), size_guidance=everything)
             events.Reload()
@@ -287,19 +317,25 @@ class TensorBoard:
 
 @dataclass
 class MLflow:
-    """One MLflow run, found again by its tag, in the experiment of the federation's name."""
+    """One MLflow run, found again by its tag, in the experiment of the federation's name.
+
+    It keeps to the names of sites that it began with: under two names a number would be there twice.
+    """
 
     uri: str
     artifacts: str | None = None
     name: str = "MLflow"
+    hides: bool = False
     _there: set[tuple[str, int]] = field(default_factory=set)
     _client: Any = None
     _run: str = ""
 
     @staticmethod
     @contextlib.contextmanager
-    def at(place: str) -> Iterator[MLflow]:
-        """A tracking URI, or a folder that then holds `mlflow.db`.
+    def at(place: str, *, hidden_names: bool = False) -> Iterator[MLflow]:
+        """A tracking URI, or a folder that then holds `mlflow.db`, with every name of a site.
+
+        `hidden_names`: a tracking URI is told those of sites that hide theirs, too.
 
         Raises NotTracked, AlreadyInUse, OSError.
         """
@@ -308,7 +344,8 @@ class MLflow:
         _require("mlflow", "MLflow")
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         if "://" in place:
-            yield MLflow(place)
+            with _password_apart(place) as uri:
+                yield MLflow(uri, hides=not hidden_names)
             return
         folder = Path(place).absolute()
         folder.mkdir(parents=True, exist_ok=True)
@@ -316,7 +353,9 @@ class MLflow:
             artifacts = (folder / "artifacts").as_uri()  # of its runs; we write none
             yield MLflow(f"sqlite:///{folder / 'mlflow.db'}", artifacts)
 
-    def open(self, run: str, parameters: Mapping[str, str]) -> None:
+    def open(self, numbers: Numbers) -> None:
+        run, parameters = numbers.run, numbers.parameters
+        naming = SHOWN_NAMES if self.hides else ALL_NAMES
         with _mlflow_in_words():
             from mlflow.entities import Param
             from mlflow.tracking import MlflowClient
@@ -331,7 +370,9 @@ class MLflow:
             )
             found = client.search_runs([where], f"tags.`{RUN_TAG}` = '{run}'")
             if not found:
-                found = [client.create_run(where, run_name=title, tags={RUN_TAG: run})]
+                tags = {RUN_TAG: run, NAMES_TAG: naming}
+                found = [client.create_run(where, run_name=title, tags=tags)]
+            self._require_same(naming, found[0].data.tags.get(NAMES_TAG, ALL_NAMES), numbers)
             self._run = found[0].info.run_id
             new = [
                 Param(key, value)
@@ -343,6 +384,17 @@ class MLflow:
             for key in found[0].data.metrics:
                 history = client.get_metric_history(self._run, key)
                 self._there |= {(key, metric.step) for metric in history}
+
+    @staticmethod
+    def _require_same(naming: str, there: str, numbers: Numbers) -> None:
+        if there == naming or not numbers.stand_ins:
+            return
+        how = "with" if there == ALL_NAMES else "without"
+        what = "without --with-hidden-names" if naming == ALL_NAMES else "with --with-hidden-names"
+        raise NotTracked(
+            f"MLflow: this run is there already, {how} the names of the sites that hide theirs. Type "
+            f"the command {what}, or delete the run there first."
+        )
 
     def add(self, points: Iterable[Point]) -> int:
         with _mlflow_in_words():
@@ -364,7 +416,10 @@ class MLflow:
             self._client.set_terminated(self._run)
 
     def _key(self, point: Point) -> str:
-        return f"site/{name_there(point.site)}/{point.key}" if point.site else point.key
+        if not point.site:
+            return point.key
+        site = point.site if STAND_IN.fullmatch(point.site) else name_there(point.site)
+        return f"site/{site}/{point.key}"
 
 
 def _parts(values: Sequence[Any], most: int) -> Iterator[list[Any]]:
@@ -379,7 +434,43 @@ def _mlflow_in_words() -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith(("mlflow.", "sqlalchemy.")):
             raise
-        raise NotTracked(f"MLflow: {plain(str(error))}") from error
+        raise NotTracked(f"MLflow: {plain(without_password(str(error)))}") from error
+
+
+def without_password(text: str) -> str:
+    """The text without what stands before the @ of an address in it."""
+    return re.sub(r"://\S*@", "://", text)
+
+
+@contextlib.contextmanager
+def _password_apart(place: str) -> Iterator[str]:
+    """The address without user and password, which MLflow meanwhile finds where it prefers them.
+
+    So no message of MLflow's can hold them. A database's address needs them, and keeps them.
+
+    Raises:
+        NotTracked: it cannot be told where they end.
+    """
+    scheme, _, rest = place.partition("://")
+    told, at, host = rest.rpartition("@")
+    if not at or scheme.lower() not in ("http", "https"):
+        yield place
+        return
+    user, colon, password = told.partition(":")
+    if re.search(r"[/?#\s]", told) or not (user and colon and password):
+        raise NotTracked(
+            "MLflow: the address holds an @, and not a user's name and password before it. Leave it out "
+            f"and set {' and '.join(CREDENTIALS)} in the environment."
+        )
+    before = {name: os.environ.get(name) for name in CREDENTIALS}
+    os.environ.update(zip(CREDENTIALS, map(unquote, (user, password)), strict=True))
+    try:
+        yield f"{scheme}://{host}"
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _require(module: str, name: str) -> None:
