@@ -159,9 +159,9 @@ def numbers_of(source: Source) -> Numbers | None:
     if final is not None:
         points += _of_final(*final)
     points = [point for point in points if math.isfinite(point.value)]
-    told = [{c.site for c in r.contributions} | r.metrics.keys() for r in records]
-    told += [stated.keys(), final[1].keys() if final is not None else set()]
-    order = dict.fromkeys(site for sites in told for site in sorted(sites))
+    by_round = [{c.site for c in r.contributions} | set(r.metrics) for r in records]
+    since = set(stated) | (set(final[1]) if final is not None else set())
+    order = dict.fromkeys(site for sites in (*by_round, since) for site in sorted(sites))
     names = shown_names(cards, order)
     stand_ins = {
         site: f"hospital {number}"  # no enrolled name holds a space
