@@ -82,7 +82,8 @@ def _track(
     if tensorboard is None and mlflow is None:
         raise typer.BadParameter("say where to: --tensorboard LOGDIR, --mlflow URI, or both.")
     from server.dashboard_state import Source
-    from server.tracking import MLflow, Target, TensorBoard, track
+    from server.tracking import Target, track
+    from server.tracking_targets import MLflow, TensorBoard
 
     with contextlib.ExitStack() as stack:
         targets: list[Target] = []

@@ -18,19 +18,11 @@ from typer.testing import CliRunner
 
 from common.config_file import dump_config
 from common.messages import SiteCard
-from server import tracking
+from server import tracking, tracking_targets
 from server.dashboard_state import Source
 from server.history import Contribution, History, RoundRecord
-from server.tracking import (
-    FEDERATION,
-    MLflow,
-    NotTracked,
-    TensorBoard,
-    name_there,
-    numbers_of,
-    track,
-    without_password,
-)
+from server.tracking import FEDERATION, NotTracked, numbers_of, track
+from server.tracking_targets import MLflow, TensorBoard, name_there, without_password
 from simulation.cli import app
 from tests.server.test_dashboard_state import HOSTILE, a_round, metrics, stated
 
@@ -143,7 +135,7 @@ def test_mlflow_reads_back_every_number_once_also_after_a_kill(run, tmp_path, mo
     from mlflow.tracking import MlflowClient
 
     place = tmp_path / "store"
-    monkeypatch.setattr(tracking, "BATCH", 5)
+    monkeypatch.setattr(tracking_targets, "BATCH", 5)
     log_batch, calls = MlflowClient.log_batch, []
 
     def killed(self: Any, *rest: Any, **batch: Any) -> None:
@@ -172,7 +164,7 @@ def test_mlflow_reads_back_every_number_once_also_after_a_kill(run, tmp_path, mo
     assert found.data.params["training.learning_rate"] == "0.02"
     assert found.info.status == "FINISHED"
     assert client.list_artifacts(found.info.run_id) == []
-    assert {p.name for p in place.iterdir()} == {"mlflow.db", tracking.LOCK}
+    assert {p.name for p in place.iterdir()} == {"mlflow.db", tracking_targets.LOCK}
     assert not Path("mlruns").exists()
 
 
@@ -222,7 +214,7 @@ def test_a_tracking_address_is_not_told_the_names_of_sites_that_hide_theirs(run,
     assert (code, "Type the command without --with-hidden-names" in said) == (1, True)
     assert there() == before
     (found,) = client.search_runs([experiment])
-    client.set_tag(found.info.run_id, tracking.NAMES_TAG, tracking.ALL_NAMES)
+    client.set_tag(found.info.run_id, tracking_targets.NAMES_TAG, tracking_targets.ALL_NAMES)
     code, said = typed(place)
     assert (code, "Type the command with --with-hidden-names" in said) == (1, True)
     assert typed(place, "--with-hidden-names")[0] == 0
