@@ -24,7 +24,7 @@ from server.coordinator import CoordinatorError, CoordinatorFolder, federation_i
 from server.enrolment import keys_of_all
 from server.history import History, RoundRecord
 from server.privacy_report import aggregation_in_words, privacy_document
-from server.shown_names import named_in, shown_names, text_with, verdict_with
+from server.shown_names import named_in, shown_names, verdict_to_publish
 from server.tables import verdict
 
 LIMITS = (
@@ -69,13 +69,9 @@ def export_model(
     weights, about = load_weights(run.model_worst_site if worst_site else run.model)
     assert isinstance(noted, list)
     names = shown_names(sites, named_in(judged))
-    judged = verdict_with(judged, names)
+    judged = verdict_to_publish(judged, names)
     privacy = [
-        {
-            **stated,
-            "site": names.get(stated["site"], stated["site"]),
-            "warnings": [text_with(warning, names) for warning in stated["warnings"]],
-        }
+        {**stated, "site": names.get(stated["site"], stated["site"])}  # its warnings name nobody
         for stated in privacy
     ]
     number = about["round"]

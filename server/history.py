@@ -54,7 +54,7 @@ TRAINING, METRICS = "training", "metrics"  # what of a round a statement came wi
 
 
 class HistoryError(RuntimeError):
-    """The database cannot be read or written; the text names the file and SQLite's reason."""
+    """The database cannot be read or written, or is another version's; the text names file and reason."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,18 @@ class RoundRecord:
         return min(pairs, key=lambda pair: pair[1]) if pairs else None
 
 
+def _columns(database: sqlite3.Connection) -> dict[str, list[str]]:
+    """The names of each table's columns, in order."""
+    query = (
+        "SELECT t.name, c.name FROM sqlite_master t, pragma_table_info(t.name) c"
+        " WHERE t.type = 'table' AND t.name NOT LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY t.name, c.cid"
+    )
+    found: dict[str, list[str]] = {}
+    for table, column in database.execute(query):
+        found.setdefault(table, []).append(column)
+    return found
+
+
 class History:
     """The open database; use it as a context manager. Every method may raise HistoryError.
 
@@ -133,6 +145,7 @@ class History:
             else:
                 self._database = sqlite3.connect(path, timeout=60)
                 self._database.execute("PRAGMA synchronous = FULL")
+            self._require_our_tables()
             self._database.executescript(f"BEGIN; {SCHEMA} COMMIT;")
 
     def __enter__(self) -> History:
@@ -145,6 +158,19 @@ class History:
         trace: TracebackType | None,
     ) -> None:
         self._database.close()
+
+    def _require_our_tables(self) -> None:
+        """A table may be missing, as it was added since; any other difference is not understood."""
+        with contextlib.closing(sqlite3.connect(":memory:")) as ours:
+            ours.executescript(SCHEMA)
+            known = _columns(ours)
+        found = _columns(self._database)
+        if any(known.get(table) != columns for table, columns in found.items()):
+            self._database.close()
+            raise HistoryError(
+                f"{self._path}: was written by another version of fedbrats, or is no history. Use the "
+                "version that wrote it; the file is as it was."
+            )
 
     def note(self, key: str, value: object) -> None:
         """Keep one fact about the run, replacing an earlier one of that name."""

@@ -15,12 +15,19 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from common.messages import SiteCard
+from common.messages import EXACT, NOISED, WITHHELD, SiteCard
 from common.metrics import SiteMetrics
 from server.history import History, HistoryError, RoundRecord
 from server.privacy_report import aggregation_in_words, privacy_document
-from server.shown_names import named_in, shown_names, text_with, verdict_with
+from server.shown_names import (
+    named_in,
+    reason_to_publish,
+    shown_names,
+    verdict_to_publish,
+)
 from server.tables import Verdict, verdict
+
+WAYS = (EXACT, NOISED, WITHHELD)
 
 
 @dataclass(frozen=True)
@@ -87,20 +94,27 @@ def read_recorded(
 
 
 def published(recorded: Recorded) -> Recorded:
-    """The same, with the names of the sites that hide theirs replaced, also inside texts."""
+    """The same for anybody to read: hidden names are replaced, and of these sites no words are left.
+
+    The federation's own name and configuration are the coordinator's words, and stay.
+    """
     names = shown_names(recorded.cards, recorded.sites)
 
     def by_name(values: Mapping[str, Any]) -> dict[str, Any]:
         return {names.get(site, site): value for site, value in values.items()}
 
     def reasons(values: Mapping[str, str]) -> dict[str, str]:
-        return {site: text_with(why, names) for site, why in by_name(values).items()}
+        return by_name({site: reason_to_publish(site, why, names) for site, why in values.items()})
 
     records = tuple(
         replace(
             r,
             contributions=tuple(
-                replace(c, site=names.get(c.site, c.site), reason=text_with(c.reason, names))
+                replace(
+                    c,
+                    site=names.get(c.site, c.site),
+                    reason=reason_to_publish(c.site, c.reason, names),
+                )
                 for c in r.contributions
             ),
             metrics=by_name(r.metrics),
@@ -114,7 +128,8 @@ def published(recorded: Recorded) -> Recorded:
         {
             **stated,
             "site": names.get(stated["site"], stated["site"]),
-            "warnings": [text_with(warning, names) for warning in stated["warnings"]],
+            # the site's own word; its warnings are this program's, and name nobody
+            "metrics": stated["metrics"] if stated["metrics"] in WAYS else None,
         }
         for stated in recorded.privacy["sites"]
     ]
@@ -124,7 +139,7 @@ def published(recorded: Recorded) -> Recorded:
         cards=tuple(replace(c, site=names[c.site]) for c in recorded.cards),
         final=recorded.final and (recorded.final[0], by_name(recorded.final[1])),
         final_released=by_name(recorded.final_released),
-        verdict=verdict_with(recorded.verdict, names),
+        verdict=verdict_to_publish(recorded.verdict, names),
         privacy={**recorded.privacy, "sites": privacy_sites},
         sites=tuple(sorted(names.get(site, site) for site in recorded.sites)),
     )

@@ -20,8 +20,8 @@ from common.console import plain
 from common.figures import draw, draw_pixels
 from common.files import write_text_atomically
 
-FIGURES = "figures"  # the folder beside the page
 PAGE = "report.html"
+DRAWN = (".png", ".svg")
 FOR_RESEARCH = "For research; not a medical device."
 CELL = 300  # characters of a text from a site in a table
 
@@ -94,12 +94,19 @@ def page_path(out: Path) -> Path:
     return page
 
 
+def figures_path(page: Path) -> Path:
+    """The folder of the page's figures, beside it and of no other page: `report-figures`."""
+    return page.with_name(f"{page.name.removesuffix('.html')}-figures")
+
+
 class ReportError(RuntimeError):
     """No report can be made of this, or not there; the text says why."""
 
 
 def write_report(report: Report, page: Path) -> list[Path]:
-    """Write the page last, so that it never speaks of figures that are not there.
+    """Write the page after its figures, so that it never speaks of any that are not there.
+
+    Figures of an earlier report of the same page go: they may show names that this one hides.
 
     Returns:
         All figure files.
@@ -108,7 +115,7 @@ def write_report(report: Report, page: Path) -> list[Path]:
         OSError: a file cannot be written.
     """
     page.parent.mkdir(parents=True, exist_ok=True)
-    folder = page.parent / FIGURES
+    folder = figures_path(page)
     written: list[Path] = []
     shown: dict[str, Markup] = {}
     for plot in (plot for section in report.sections for plot in section.plots):
@@ -119,14 +126,17 @@ def write_report(report: Report, page: Path) -> list[Path]:
             drawn = draw(plot.figure, folder, plot.name, plot.alt, photo=photo)
         shown[plot.name] = drawn.inline
         written += [path for path in (drawn.png, drawn.svg) if path is not None]
-    write_text_atomically(page, _page(report, shown))
+    write_text_atomically(page, _page(report, shown, folder.name))
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.suffix in DRAWN and path not in written:
+            path.unlink()
     return written
 
 
-def _page(report: Report, shown: dict[str, Markup]) -> str:
+def _page(report: Report, shown: dict[str, Markup], folder: str) -> str:
     template = files("server").joinpath("report.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["cell"] = lambda text: plain(str(text), CELL)
     return environment.from_string(template).render(
-        report=report, shown=shown, research=FOR_RESEARCH, folder=FIGURES
+        report=report, shown=shown, research=FOR_RESEARCH, folder=folder
     )

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from common.console import failing_in_words, start_logging
+from common.console import failing_in_words, printable, start_logging
 
 
 def report(
@@ -66,7 +66,7 @@ def report(
     print(f"Page: {page}")
     if figures:
         print(f"Figures: {figures[0].parent} ({len(figures)} files)")
-    print(made.state)
+    print(printable(made.state))  # it names sites
 
 
 def _failing() -> AbstractContextManager[None]:

@@ -27,6 +27,13 @@ MLflowPlace = Annotated[
         "--mlflow", metavar="URI|FOLDER", help="A tracking server, or a folder for mlflow.db."
     ),
 ]
+HiddenNames = Annotated[
+    bool,
+    typer.Option(
+        "--with-hidden-names",
+        help="Tell an MLflow URI the names of sites that hide theirs, too; else they are numbered.",
+    ),
+]
 Follow = Annotated[bool, typer.Option("--follow", help="Go on until the run is complete.")]
 
 
@@ -34,6 +41,7 @@ def track_coordinator(
     folder: Folder,
     tensorboard: TensorBoardFolder = None,
     mlflow: MLflowPlace = None,
+    with_hidden_names: HiddenNames = False,
     follow: Follow = False,
 ) -> None:
     """Copy the federation's numbers to TensorBoard or MLflow; the same again adds what is new.
@@ -45,13 +53,14 @@ def track_coordinator(
         from server.coordinator import load_coordinator
 
         load_coordinator(folder)
-        _track(folder, tensorboard, mlflow, follow)
+        _track(folder, tensorboard, mlflow, with_hidden_names, follow)
 
 
 def track_run(
     run: Run,
     tensorboard: TensorBoardFolder = None,
     mlflow: MLflowPlace = None,
+    with_hidden_names: HiddenNames = False,
     follow: Follow = False,
 ) -> None:
     """Copy a run's numbers to TensorBoard or MLflow; the same again adds what is new.
@@ -64,21 +73,24 @@ def track_run(
 
         if not Source(run).holds_a_run():
             raise typer.BadParameter(f"{run} holds no run.", param_hint="RUN")
-        _track(run, tensorboard, mlflow, follow)
+        _track(run, tensorboard, mlflow, with_hidden_names, follow)
 
 
-def _track(path: Path, tensorboard: Path | None, mlflow: str | None, follow: bool) -> None:
+def _track(
+    path: Path, tensorboard: Path | None, mlflow: str | None, hidden_names: bool, follow: bool
+) -> None:
     if tensorboard is None and mlflow is None:
         raise typer.BadParameter("say where to: --tensorboard LOGDIR, --mlflow URI, or both.")
     from server.dashboard_state import Source
-    from server.tracking import MLflow, Target, TensorBoard, track
+    from server.tracking import Target, track
+    from server.tracking_targets import MLflow, TensorBoard
 
     with contextlib.ExitStack() as stack:
         targets: list[Target] = []
         if tensorboard is not None:
             targets.append(stack.enter_context(TensorBoard.at(tensorboard)))
         if mlflow is not None:
-            targets.append(stack.enter_context(MLflow.at(mlflow)))
+            targets.append(stack.enter_context(MLflow.at(mlflow, hidden_names=hidden_names)))
         for name, count in track(Source(path), targets, follow=follow).items():
             print(f"{name}: {count} new numbers.")
     if tensorboard is not None:

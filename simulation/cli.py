@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from common.console import failing_in_words, run_program, standard_output, start_logging
+from common.console import (
+    failing_in_words,
+    printable,
+    run_program,
+    standard_output,
+    start_logging,
+)
 from server.dashboard_commands import dashboard_of_run
 from server.tracking_commands import track_run
 from simulation import evaluation_commands
@@ -245,7 +251,7 @@ def report(
         print(f"Page: {page}")
         if figures:
             print(f"Figures: {figures[0].parent} ({len(figures)} files)")
-        print(made.state)
+        print(printable(made.state))  # it names sites
 
 
 class Plant(StrEnum):

@@ -22,6 +22,7 @@ from server.coordinator import CoordinatorError, federation_id, init_folder, ter
 from server.enrolment import admit
 from server.export import export_model
 from server.history import TRAINING, Contribution, GivenStatement, History, RoundRecord
+from server.shown_names import NOT_PUBLISHED
 from tests.server.test_tables import metrics
 
 SITES = (("a", 4, 2, 0), ("b", 10, 1, 3), ("only-evaluates", 0, 5, 0))
@@ -81,8 +82,8 @@ def test_a_hidden_name_is_in_no_exported_file(folder, tmp_path):
     assert [site["site"] for site in card["sites"]] == ["a", first, second]
     assert card["sites"][1]["rounds"] == [1, 3]
     assert card["absences"] == [
-        [2, first, "it was off"],
-        [2, second, "final model not evaluated: it was off"],
+        [2, first, NOT_PUBLISHED],
+        [2, second, f"final model not evaluated: {NOT_PUBLISHED}"],
     ]
     assert set(card["metrics"]) == set(card["mean_dice"]) == {"a", first}
     for name in ("model-card.json", "MODEL-CARD.md"):

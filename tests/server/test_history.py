@@ -259,3 +259,36 @@ def test_the_end_is_known_without_any_metric_and_is_replaced_whole(tmp_path):
 def test_without_metrics_there_is_no_mean_and_no_worst():
     record = a_round(metrics={})
     assert (record.mean_dice, record.worst) == (None, None)
+
+
+@pytest.mark.parametrize("copied", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "ALTER TABLE sites ADD COLUMN country TEXT",
+        "ALTER TABLE sites DROP COLUMN n_left_out",
+        "ALTER TABLE rounds RENAME COLUMN sha256 TO digest",
+        "CREATE TABLE later (round INTEGER)",
+    ],
+)
+def test_a_history_of_another_version_is_recognised_and_left_as_it_is(tmp_path, change, copied):
+    path = tmp_path / "history.sqlite"
+    with History(path) as history:
+        history.record_round(a_round())
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute(change)
+        database.execute("DROP TABLE chosen")
+    before = path.read_bytes()
+    with pytest.raises(HistoryError, match=r"history\.sqlite: was written by another version"):
+        History(path, copied=copied)
+    assert path.read_bytes() == before
+
+
+def test_a_table_that_was_added_since_does_not_make_another_version(tmp_path):
+    with History(tmp_path / "h") as history:
+        history.record_round(a_round())
+    with closing(sqlite3.connect(tmp_path / "h")) as database, database:
+        database.execute("DROP TABLE chosen")
+    for copied in (True, False):
+        with History(tmp_path / "h", copied=copied) as history:
+            assert [r.round for r in history.rounds()] == [1]

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from typer.testing import CliRunner
 
 from common.config_file import load_config
-from common.figures import Drawn
+from common.figures import Drawn, new_figure
 from common.keys import new_private_key
 from common.messages import SiteCard
 from common.statement import Signed, Statement, sign
@@ -26,7 +26,16 @@ from server.enrolment import admit
 from server.history import TRAINING, Contribution, GivenStatement, History, RoundRecord
 from server.privacy_report import EXPLAINED
 from server.recorded import published, read_recorded
-from server.report import ReportError, page_path
+from server.report import (
+    Plot,
+    Report,
+    ReportError,
+    Section,
+    figures_path,
+    page_path,
+    write_report,
+)
+from server.shown_names import NOT_PUBLISHED
 from tests.server.test_tables import metrics
 
 HOSTILE = ("<script>alert(1)</script>", "$x^2$", "[red]", 'a" onload="x')
@@ -160,7 +169,7 @@ def test_hostile_names_are_text_in_tables_and_in_figures(finished):
     for name in HOSTILE:
         assert any(name in row for row in page.rows)
         assert page.text.count(name) > 5, "also in figures, where a label is text"
-    for path in (folder.path / "report" / "figures").glob("*.svg"):
+    for path in (folder.path / "report" / "report-figures").glob("*.svg"):
         assert "<script" not in path.read_text(encoding="utf-8")
 
 
@@ -195,7 +204,7 @@ def test_what_a_coordinator_cannot_know_is_said(finished):
 
 def test_every_figure_is_a_png_and_an_svg(finished):
     folder, _ = finished
-    names = sorted(path.name for path in (folder.path / "report" / "figures").iterdir())
+    names = sorted(path.name for path in (folder.path / "report" / "report-figures").iterdir())
     stems = {name.rsplit(".", 1)[0] for name in names}
     assert stems >= {
         "dice-and-iou",
@@ -234,7 +243,7 @@ def test_hidden_names_are_numbered_in_a_publishable_report_and_in_its_figures(
     assert_self_contained(page)
     assert page.row("another site (1)", "every round")
     assert page.row("another site (2)", "1, 3")
-    assert page.row("another site (2)", "2")[2] == "another site (2): power cut <b>"
+    assert page.row("another site (2)", "2")[2] == NOT_PUBLISHED
     files = list((folder.path / "report-publishable").rglob("*.*"))
     assert len(files) > 10
     for path in files:
@@ -295,6 +304,38 @@ def test_published_changes_names_only(tmp_path, undrawn):
     for before, after in zip(recorded.records, shown.records, strict=True):
         assert after.metrics["another site"] == before.metrics["Bergen"]
         assert after.metrics["Oslo"] == before.metrics["Oslo"]
+
+
+def small_report(state: str = "") -> Report:
+    plot = Plot("loss", new_figure(1, 1), "nothing")
+    return Report("t", "", state, True, (), (), [Section("s", "S", plots=[plot])])
+
+
+def test_two_pages_in_one_folder_do_not_share_figures_and_a_page_keeps_none_of_its_old_ones(
+    tmp_path,
+):
+    ours, given = tmp_path / "ours.html", tmp_path / "given.html"
+    write_report(small_report(), ours)
+    folder = figures_path(ours)
+    (folder / "slices-of-Bergen.png").write_text("old")
+    (folder / "mine.txt").write_text("mine")
+    before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    write_report(small_report(), given)
+    assert "“given-figures” beside this page" in given.read_text()
+    assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
+    write_report(small_report(), folder / "report.html")
+    write_report(small_report(), ours)
+    names = {p.name for p in folder.iterdir()}
+    assert names == {"loss.png", "loss.svg", "mine.txt", "report.html", "report-figures"}
+    assert len(list((folder / "report-figures").iterdir())) == 2
+    assert figures_path(tmp_path / "a.htm") != figures_path(tmp_path / "a.html")
+
+
+def test_a_name_cannot_draw_over_the_terminal(tmp_path, monkeypatch):
+    made_up = small_report("see x\x1b[2J below")
+    monkeypatch.setattr("server.report_sections.coordinators_report", lambda *_, **__: made_up)
+    done = report(made(tmp_path).path)
+    assert "see x?[2J below" in done.stdout
 
 
 # ------------------------------------------------------------------------------------- what fails

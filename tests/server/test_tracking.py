@@ -17,18 +17,12 @@ import pytest
 from typer.testing import CliRunner
 
 from common.config_file import dump_config
-from server import tracking
+from common.messages import SiteCard
+from server import tracking, tracking_targets
 from server.dashboard_state import Source
 from server.history import Contribution, History, RoundRecord
-from server.tracking import (
-    FEDERATION,
-    MLflow,
-    NotTracked,
-    TensorBoard,
-    name_there,
-    numbers_of,
-    track,
-)
+from server.tracking import FEDERATION, NotTracked, numbers_of, track
+from server.tracking_targets import MLflow, TensorBoard, name_there, without_password
 from simulation.cli import app
 from tests.server.test_dashboard_state import HOSTILE, a_round, metrics, stated
 
@@ -141,7 +135,7 @@ def test_mlflow_reads_back_every_number_once_also_after_a_kill(run, tmp_path, mo
     from mlflow.tracking import MlflowClient
 
     place = tmp_path / "store"
-    monkeypatch.setattr(tracking, "BATCH", 5)
+    monkeypatch.setattr(tracking_targets, "BATCH", 5)
     log_batch, calls = MlflowClient.log_batch, []
 
     def killed(self: Any, *rest: Any, **batch: Any) -> None:
@@ -170,8 +164,92 @@ def test_mlflow_reads_back_every_number_once_also_after_a_kill(run, tmp_path, mo
     assert found.data.params["training.learning_rate"] == "0.02"
     assert found.info.status == "FINISHED"
     assert client.list_artifacts(found.info.run_id) == []
-    assert {p.name for p in place.iterdir()} == {"mlflow.db", tracking.LOCK}
+    assert {p.name for p in place.iterdir()} == {"mlflow.db", tracking_targets.LOCK}
     assert not Path("mlruns").exists()
+
+
+@needs_mlflow
+def test_a_tracking_address_is_not_told_the_names_of_sites_that_hide_theirs(run, tmp_path):
+    from mlflow.tracking import MlflowClient
+
+    def cards(**shows: bool) -> None:
+        with History(run / "history.sqlite") as history:
+            history.record_sites(
+                [SiteCard(s, True, 5, 2, 0, "", shows_name=x) for s, x in shows.items()]
+            )
+
+    def typed(place: object, *more: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["track", str(run), "--mlflow", str(place), *more])
+        return result.exit_code, result.output
+
+    with History(run / "history.sqlite") as history:
+        history.record_round(a_round(2, {"mercy-west": metrics(0.5, 0.5, 0.5)}))
+        history.record_final(2, {"mercy-west": metrics(0.5, 0.5, 0.5)}, {})
+    cards(**{"a": True, "b": True, "mercy-west": False})
+    place = f"sqlite:///{tmp_path / 'there.db'}"
+    total = len(numbers_of(Source(run)).points)
+    assert typed(place) == (0, f"MLflow: {total} new numbers.\n")
+    assert b"mercy" not in (tmp_path / "there.db").read_bytes()
+    client = MlflowClient(place)
+    experiment = client.get_experiment_by_name("study").experiment_id
+
+    def there() -> dict[str, float]:
+        (found,) = client.search_runs([experiment])
+        return found.data.metrics
+
+    keys = set(there())
+    assert {"site/hospital 3/dice/WT", "site/hospital 3/final/dice/WT", "site/a/dice/WT"} <= keys
+    # a site that joins later gets another number, also if it comes first in the alphabet
+    another_round(run, 3)
+    with History(run / "history.sqlite") as history:
+        history.record_round(a_round(4, {"Aa": metrics(0.9, 0.9, 0.9)}))
+    cards(**{"Aa": False, "a": True, "b": True, "mercy-west": False})
+    assert typed(place)[0] == 0
+    assert typed(place) == (0, "MLflow: 0 new numbers.\n")
+    assert there()["site/hospital 3/dice/WT"] == 0.5
+    assert there()["site/hospital 4/dice/WT"] == 0.9
+    # neither naming is mixed with the other
+    before = there()
+    code, said = typed(place, "--with-hidden-names")
+    assert (code, "Type the command without --with-hidden-names" in said) == (1, True)
+    assert there() == before
+    (found,) = client.search_runs([experiment])
+    client.set_tag(found.info.run_id, tracking_targets.NAMES_TAG, tracking_targets.ALL_NAMES)
+    code, said = typed(place)
+    assert (code, "Type the command with --with-hidden-names" in said) == (1, True)
+    assert typed(place, "--with-hidden-names")[0] == 0
+    assert there()["site/mercy-west/dice/WT"] == 0.5
+
+
+@needs_mlflow
+def test_no_password_is_in_a_message_or_in_the_address(run, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "before")
+    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD", raising=False)
+    with MLflow.at("http://dr.who:s3cret%2F@127.0.0.1:1/x") as target:
+        assert target.uri == "http://127.0.0.1:1/x"
+        assert os.environ["MLFLOW_TRACKING_USERNAME"] == "dr.who"
+        assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "s3cret/"
+        with pytest.raises(NotTracked) as failed:
+            track(Source(run), [target], follow=False)
+        assert "s3cret" not in repr(target)
+    assert "API request to http://127.0.0.1:1/" in str(failed.value)
+    assert "s3cret" not in str(failed.value)
+    assert os.environ["MLFLOW_TRACKING_USERNAME"] == "before"
+    assert "MLFLOW_TRACKING_PASSWORD" not in os.environ
+    for typed in ("http://dr.who:s3cret/x@127.0.0.1:1", "http://s3cret@127.0.0.1:1"):
+        result = CliRunner().invoke(app, ["track", str(run), "--mlflow", typed])
+        assert result.exit_code == 1
+        assert "MLFLOW_TRACKING_PASSWORD" in result.stderr
+        assert "s3cret" not in result.output
+    result = CliRunner().invoke(app, ["track", str(run), "--mlflow", "nosql://who:s3cret@h/x"])
+    assert result.exit_code == 1
+    assert "s3cret" not in result.output
+
+
+def test_what_stands_before_the_at_sign_of_an_address_is_in_no_text():
+    text = "API request to http://who:p@ss/w@h:1/x failed, postgresql://u:pw@h/db"
+    assert without_password(text) == "API request to http://h:1/x failed, postgresql://h/db"
 
 
 @needs_mlflow

@@ -61,7 +61,7 @@ def test_the_page_leads_nowhere_and_is_small(page):
     found, out = page
     assert_self_contained(found)
     assert len(found.source) < 3_000_000
-    names = {path.name for path in (out / "figures").iterdir()}
+    names = {path.name for path in (out / "report-figures").iterdir()}
     assert {"slices.png", "slices.svg", "tumour-in-space.png", "dice-over-subjects.svg"} <= names
     assert "tumour-in-space.svg" not in names
     assert found.tags.count("img") == 2, "slices and scene are made of pixels"
