@@ -42,6 +42,7 @@ def evaluation_document(
     model: Mapping[str, str],
     of: str,
     segmentation: Mapping[str, Any],
+    label_coding: str,
     confidence: float,
     remarks: Sequence[str] = (),
     findings: Sequence[Mapping[str, str]] = (),
@@ -53,6 +54,7 @@ def evaluation_document(
         model: its "file" and "sha256".
         of: whose results they are: "held-out" or "training" subjects of a run, or a "folder".
         segmentation: how: "flips" and "postprocess", the steps after the network.
+        label_coding: what the labels in the files were taken for: auto, or of `common.brats.CODINGS`.
         remarks: sentences that a reader of the numbers must know.
         findings: as `sites.finding.Finding.as_dict`.
         left_out: "site", "subject" and "why" of every subject without results.
@@ -65,6 +67,7 @@ def evaluation_document(
         "note": NOTE,
         "of": of,
         "segmentation": dict(segmentation),
+        "label_coding": label_coding,
         "confidence": confidence,
         "remarks": list(remarks),
         "subjects": [_plain(result) for result in results],

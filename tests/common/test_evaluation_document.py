@@ -30,6 +30,7 @@ MODEL = {"file": "model.safetensors", "sha256": "ab" * 32}
 def document(results=RESULTS, **more):
     plain = {"flips": False, "postprocess": {"fill_holes": False}}
     settings = {"model": MODEL, "of": "held-out", "confidence": 0.95, "segmentation": plain}
+    settings["label_coding"] = "auto"
     return evaluation_document(results, **{**settings, **more})
 
 
