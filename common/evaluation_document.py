@@ -5,9 +5,7 @@ The document holds subject ids and per-subject results, so it stays where the sc
 
 from __future__ import annotations
 
-import csv
 import errno
-import io
 import json
 import math
 import os
@@ -17,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from common.csv_cells import csv_text
 from common.evaluation_summary import SubjectResult, by_site, fairness, group, over_sites
 from common.files import write_text_atomically
 
@@ -158,7 +157,7 @@ def subjects_csv(document: Mapping[str, Any]) -> str:
         for structure, scores in subject["scores"].items()
         for metric, value in scores.items()
     )
-    return _csv([*about, "structure", "metric", "value"], lines)
+    return csv_text([*about, "structure", "metric", "value"], lines)
 
 
 def summary_csv(document: Mapping[str, Any]) -> str:
@@ -169,7 +168,7 @@ def summary_csv(document: Mapping[str, Any]) -> str:
         for structure, metrics in structures(summary)
         for metric, of in metrics.items()
     )
-    return _csv(["group", "name", "structure", "metric", *STATISTICS], lines)
+    return csv_text(["group", "name", "structure", "metric", *STATISTICS], lines)
 
 
 def structures(summary: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -195,14 +194,6 @@ def _plain(result: SubjectResult) -> dict[str, Any]:
         for structure, own in result.scores.items()
     }
     return {**vars(result), "scores": scores}
-
-
-def _csv(headings: Sequence[str], lines: Iterator[list[Any]]) -> str:
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(headings)
-    table.writerows(lines)
-    return text.getvalue()
 
 
 def _version(package: str) -> str | None:
