@@ -271,6 +271,20 @@ def test_the_coding_is_an_option_and_is_said(model, msd_model, hospital, tmp_pat
     assert "is not one of auto, brats, brats2023" in words(wrong.output)
 
 
+def test_names_that_are_no_utf8_stop_nobody(model, hospital, tmp_path):
+    first, second = sorted((hospital / "HGG").iterdir())
+    first.rename(hospital / "HGG" / "pat\udcff")  # the id in its files is a plain one
+    for path in sorted(second.iterdir()):
+        path.rename(second / path.name.replace(second.name, "pat\udcff"))
+    out = tmp_path / "out"
+    done = fed_client(model, hospital, "--out", out, "--cache", tmp_path / "cache")
+    assert done.exit_code == 0, done.output
+    assert "Left out: pat? of [red]klinik: the names of 5 files" in words(done.stdout)
+    document = json.loads((out / "evaluation.json").read_text())
+    assert first.name in [subject["subject"] for subject in document["subjects"]]
+    assert document["pooled"]["n"] == 2
+
+
 def test_a_confidence_that_is_no_number_is_refused(model, hospital, monkeypatch):
     monkeypatch.setattr(module, "evaluate_folder", lambda *_, **__: pytest.fail("it was begun"))
     failed = fed_client(model, hospital, "--confidence", "nan")
