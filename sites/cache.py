@@ -217,7 +217,7 @@ def _content_hash(path: Path, hashes: sqlite3.Connection) -> str:
         status = path.stat()
         # bytes, for sqlite takes no text that is not UTF-8
         stamp = (
-            str(path.resolve()),
+            os.fsencode(path.resolve()),
             status.st_size,
             status.st_mtime_ns,
             status.st_ctime_ns,
