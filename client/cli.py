@@ -29,7 +29,7 @@ from client import (
     viewer_commands,
 )
 from client.finding_table import print_findings
-from common.brats import CODINGS, MODALITIES
+from common.brats import MODALITIES
 from common.console import complain, printable, run_program, start_logging
 from sites.finding import Finding
 
@@ -76,9 +76,7 @@ def check(
     modalities: Annotated[
         str, typer.Option(help="Comma-separated, those the federation agreed on.")
     ] = ",".join(MODALITIES),
-    label_coding: Annotated[
-        str, typer.Option(help=f"What labels mean: auto, {', '.join(CODINGS)}.")
-    ] = "auto",
+    label_coding: evaluation_commands.LabelCoding = "auto",
     no_labels: Annotated[
         bool, typer.Option("--no-labels", help="Segmentations may be missing (prediction).")
     ] = False,
@@ -92,11 +90,7 @@ def check(
     """
     start_logging()
     wanted = _modalities(modalities)
-    if label_coding != "auto" and label_coding not in CODINGS:
-        raise typer.BadParameter(
-            f"{label_coding!r} is not one of auto, {', '.join(CODINGS)}.",
-            param_hint="--label-coding",
-        )
+    evaluation_commands.require_coding(label_coding)
     if problem := _not_a_folder(data):
         complain("fed-client", f"{data} {problem}; give the folder that holds the subjects.")
         raise typer.Exit(USAGE)

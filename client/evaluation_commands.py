@@ -5,6 +5,7 @@ Heavy imports happen inside the command, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import math
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated
 import typer
 
 from client.prediction_commands import chosen_steps
+from common.brats import CODINGS
 from common.console import failing_in_words, printable, standard_output, start_logging
 
 Flips = Annotated[
@@ -25,6 +27,25 @@ Steps = Annotated[
         "by default."
     ),
 ]
+
+Confidence = Annotated[float, typer.Option(min=0.5, max=0.999, help="Of the bootstrap intervals.")]
+LabelCoding = Annotated[str, typer.Option(help=f"What labels mean: auto, {', '.join(CODINGS)}.")]
+
+
+def require_coding(name: str) -> None:
+    """Raises typer.BadParameter: `name` is no label coding."""
+    if name != "auto" and name not in CODINGS:
+        raise typer.BadParameter(
+            f"{name!r} is not one of auto, {', '.join(CODINGS)}.", param_hint="--label-coding"
+        )
+
+
+def require_confidence(value: float) -> None:
+    """Raises typer.BadParameter for NaN, which passes every range."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(
+            "nan is not in the range 0.5<=x<=0.999.", param_hint="--confidence"
+        )
 
 
 def evaluate(
@@ -40,9 +61,8 @@ def evaluate(
             help="Folder that keeps prepared subjects, which are scans; default: none is."
         ),
     ] = None,
-    confidence: Annotated[
-        float, typer.Option(min=0.5, max=0.999, help="Of the bootstrap intervals.")
-    ] = 0.95,
+    confidence: Confidence = 0.95,
+    label_coding: LabelCoding = "auto",
     flips: Flips = False,
     postprocess: Steps = "none",
     pictures: Annotated[
@@ -67,6 +87,8 @@ def evaluate(
     """
     start_logging()
     steps = chosen_steps(postprocess)
+    require_coding(label_coding)
+    require_confidence(confidence)
     with failing_in_words("fed-client", _foreseen):
         if not model.is_file():
             raise typer.BadParameter(f"{model} is no file.", param_hint="MODEL")
@@ -93,6 +115,7 @@ def evaluate(
                 site=site or data.resolve().name,
                 cache=cache,
                 confidence=confidence,
+                label_coding=label_coding,
                 options=options,
             )
         except NoUsableSubject as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +25,7 @@ from common.figures import draw, draw_pixels
 from common.progress import track
 from common.weights import file_sha256
 from sites.cache import prepare_subject
-from sites.preprocess import recipe_of
+from sites.preprocess import Recipe, recipe_of
 from sites.subject import discover
 
 FOLDER = "pictures"
@@ -62,7 +63,8 @@ def draw_pictures(
         raise EvaluationError(f"{model}: has changed since it was measured; evaluate again.")
     loaded = load_model(model)
     shown = shown_subjects(results_in(document))
-    cases = _cases(shown, data, loaded, segmenter(loaded, options), cache)
+    recipe = replace(recipe_of(loaded.config), label_coding=document["label_coding"])
+    cases = _cases(shown, data, recipe, segmenter(loaded, options), cache)
     titles = [case_title(rank, r.site, r.subject, r.dice) for rank, r in shown.items()]
 
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # pictures of scans are scans
@@ -86,11 +88,10 @@ def _scene_name(rank: str) -> str:
 def _cases(
     shown: Mapping[str, SubjectResult],
     data: Path,
-    model: Model,
+    recipe: Recipe,
     segment: Segmenter,
     cache: Path | None,
 ) -> list[Case]:
-    recipe = recipe_of(model.config)
     found = {
         subject.id: subject for subject in discover(data, modalities=recipe.modalities).subjects
     }

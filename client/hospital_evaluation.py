@@ -52,6 +52,7 @@ def evaluate_folder(
     site: str,
     cache: Path | None = None,
     confidence: float = 0.95,
+    label_coding: str = "auto",
     options: Options = PLAIN,
     segmenter: Callable[[Model, Options], Segmenter] = segmenter_of,
 ) -> dict[str, Any]:
@@ -60,6 +61,8 @@ def evaluate_folder(
     Args:
         site: the name to report.
         cache: keeps the prepared subjects there; without it none outlives its own measurement.
+        label_coding: what the labels in `data` mean: auto, or of `common.brats.CODINGS`. That of the
+            model's federation does not count, as these files are of another hospital.
         options: flips and post-processing; the maps are not kept.
 
     Returns:
@@ -75,7 +78,7 @@ def evaluate_folder(
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)  # prepared scans are scans
     loaded = load_model(model)
     digest = file_sha256(model)
-    recipe = recipe_of(loaded.config)
+    recipe = replace(recipe_of(loaded.config), label_coding=label_coding)
     discovery = discover(data, modalities=recipe.modalities, site=site)
     subjects = discovery.subjects
     findings = list(discovery.findings)
@@ -110,10 +113,30 @@ def evaluate_folder(
         model={"file": str(model), "sha256": digest},
         of="folder",
         segmentation=segmentation_of(options),
+        label_coding=label_coding,
         confidence=confidence,
-        remarks=[TRAINED_ON, *segmentation_remarks(options), INTERVALS],
+        remarks=[
+            TRAINED_ON,
+            *_coding_remarks(label_coding, loaded.config.label_coding),
+            *segmentation_remarks(options),
+            INTERVALS,
+        ],
         findings=[finding.as_dict() for finding in findings],
         left_out=[
             {"site": site, "subject": subject, "why": what} for subject, what in sorted(why.items())
         ],
     )
+
+
+def _coding_remarks(used: str, of_the_model: str) -> list[str]:
+    """What the labels in the files were taken for; a wrong coding is not seen in the figures."""
+    how = f"by the coding {used}"
+    if used == "auto":
+        how = "by each file's own labels: 4 is ET as in brats, or 3 is ET as in brats2023"
+    said = [f"Labels were read {how} (--label-coding)."]
+    if of_the_model not in ("auto", used):
+        said.append(
+            f"The model's federation read its labels by {of_the_model}: if these are coded so too, "
+            f"evaluate again with --label-coding {of_the_model}."
+        )
+    return said

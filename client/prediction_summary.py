@@ -11,7 +11,7 @@ from typing import Any
 from client.location import describe
 from client.prediction import Prediction
 from common.brats import BACKGROUND, STRUCTURES
-from common.console import printable
+from common.csv_cells import csv_cell
 
 Summary = dict[str, Any]
 
@@ -66,18 +66,12 @@ def as_csv(summaries: Sequence[Summary]) -> str:
         ]
         table.writerow(
             [
-                _cell(summary["subject"]),
+                csv_cell(summary["subject"]),
                 *(f"{volumes[n]:.4f}" if n in volumes else "" for n in STRUCTURES),
                 *("" if summary.get(c) is None else f"{summary[c]:.4f}" for c in columns),
-                _cell(str(location.get("text", ""))),
-                _cell("; ".join(summary.get("warnings", []))),
-                _cell("; ".join(errors)),
+                csv_cell(str(location.get("text", ""))),
+                csv_cell("; ".join(summary.get("warnings", []))),
+                csv_cell("; ".join(errors)),
             ]
         )
     return text.getvalue()
-
-
-def _cell(text: str) -> str:
-    """A name from outside that a spreadsheet would take for a formula gets an apostrophe."""
-    text = printable(text).replace("\n", "?")
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text

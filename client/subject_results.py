@@ -31,10 +31,28 @@ PLAIN = Options(postprocess=NONE)  # what the rounds of a federation are measure
 
 
 def segmenter_of(model: Model, options: Options) -> Segmenter:
-    """The plain one where nothing else is asked for: its figures are those of the rounds to the last bit."""
-    if is_plain(options):
-        return plain_segmenter(model)
-    return segmenter_as_predicted(model, options)
+    """The plain one where nothing else is asked for: its figures are those of the rounds to the last bit.
+
+    Raises, when it segments:
+        EvaluationError: the memory is too small for the subject.
+    """
+    segment = (
+        plain_segmenter(model) if is_plain(options) else segmenter_as_predicted(model, options)
+    )
+
+    def in_words(subject: CachedSubject) -> np.ndarray:
+        try:
+            return segment(subject)
+        except (MemoryError, RuntimeError) as error:
+            # torch has no error of its own for the memory of a CPU, as in `client.prediction`
+            told = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if told or "DefaultCPUAllocator" in str(error):
+                raise EvaluationError(
+                    f"{subject.id} is too large for this machine's memory; move it elsewhere."
+                ) from error
+            raise
+
+    return in_words
 
 
 def is_plain(options: Options) -> bool:
@@ -54,20 +72,11 @@ def plain_segmenter(model: Model) -> Segmenter:
 
 
 def segmenter_as_predicted(model: Model, options: Options) -> Segmenter:
-    """The labels of `client.prediction.segment`, inside the box that a subject's truth has.
-
-    Raises, when it segments:
-        EvaluationError: the memory is too small for the subject.
-    """
+    """The labels of `client.prediction.segment`, inside the box that a subject's truth has."""
 
     def segment(subject: CachedSubject) -> np.ndarray:
         image = np.asarray(subject.image())
-        try:
-            labels = segment_image(model, image, subject.geometry, options).labels
-        except MemoryError as error:
-            raise EvaluationError(
-                f"{subject.id} is too large for this machine's memory; move it elsewhere."
-            ) from error
+        labels = segment_image(model, image, subject.geometry, options).labels
         return placed(labels, subject.geometry)
 
     return segment

@@ -5,9 +5,7 @@ The document holds subject ids and per-subject results, so it stays where the sc
 
 from __future__ import annotations
 
-import csv
 import errno
-import io
 import json
 import math
 import os
@@ -17,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from common.csv_cells import csv_text
 from common.evaluation_summary import SubjectResult, by_site, fairness, group, over_sites
 from common.files import write_text_atomically
 
@@ -42,6 +41,7 @@ def evaluation_document(
     model: Mapping[str, str],
     of: str,
     segmentation: Mapping[str, Any],
+    label_coding: str,
     confidence: float,
     remarks: Sequence[str] = (),
     findings: Sequence[Mapping[str, str]] = (),
@@ -53,6 +53,7 @@ def evaluation_document(
         model: its "file" and "sha256".
         of: whose results they are: "held-out" or "training" subjects of a run, or a "folder".
         segmentation: how: "flips" and "postprocess", the steps after the network.
+        label_coding: what the labels in the files were taken for: auto, or of `common.brats.CODINGS`.
         remarks: sentences that a reader of the numbers must know.
         findings: as `sites.finding.Finding.as_dict`.
         left_out: "site", "subject" and "why" of every subject without results.
@@ -65,6 +66,7 @@ def evaluation_document(
         "note": NOTE,
         "of": of,
         "segmentation": dict(segmentation),
+        "label_coding": label_coding,
         "confidence": confidence,
         "remarks": list(remarks),
         "subjects": [_plain(result) for result in results],
@@ -155,7 +157,7 @@ def subjects_csv(document: Mapping[str, Any]) -> str:
         for structure, scores in subject["scores"].items()
         for metric, value in scores.items()
     )
-    return _csv([*about, "structure", "metric", "value"], lines)
+    return csv_text([*about, "structure", "metric", "value"], lines)
 
 
 def summary_csv(document: Mapping[str, Any]) -> str:
@@ -166,7 +168,7 @@ def summary_csv(document: Mapping[str, Any]) -> str:
         for structure, metrics in structures(summary)
         for metric, of in metrics.items()
     )
-    return _csv(["group", "name", "structure", "metric", *STATISTICS], lines)
+    return csv_text(["group", "name", "structure", "metric", *STATISTICS], lines)
 
 
 def structures(summary: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -192,14 +194,6 @@ def _plain(result: SubjectResult) -> dict[str, Any]:
         for structure, own in result.scores.items()
     }
     return {**vars(result), "scores": scores}
-
-
-def _csv(headings: Sequence[str], lines: Iterator[list[Any]]) -> str:
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(headings)
-    table.writerows(lines)
-    return text.getvalue()
 
 
 def _version(package: str) -> str | None:

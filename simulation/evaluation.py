@@ -98,6 +98,7 @@ def evaluate_run(
         model={"file": str(path), "sha256": digest},
         of="training" if training else "held-out",
         segmentation=segmentation_of(options),
+        label_coding=sites[0].config.label_coding,  # of the run; a foreign model's does not count
         confidence=confidence,
         findings=_findings(run),
         left_out=_left_out(run, sites),

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from client.evaluation_commands import Flips, Steps
+from client.evaluation_commands import Confidence, Flips, Steps, require_confidence
 from client.prediction_commands import chosen_steps
 from common.console import failing_in_words, printable, standard_output, start_logging
 
@@ -26,9 +26,7 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results; default RUN/evaluation.")
     ] = None,
-    confidence: Annotated[
-        float, typer.Option(min=0.5, max=0.999, help="Of the bootstrap intervals.")
-    ] = 0.95,
+    confidence: Confidence = 0.95,
     training: Annotated[
         bool, typer.Option("--training", help="The training subjects instead, to see overfitting.")
     ] = False,
@@ -46,6 +44,7 @@ def evaluate(
     """
     start_logging()
     steps = chosen_steps(postprocess)
+    require_confidence(confidence)
     with failing_in_words("fed-sim", _foreseen):
         if not run.is_dir():
             raise typer.BadParameter(f"{run} is no folder.", param_hint="RUN")

@@ -104,8 +104,10 @@ def per_subject_document(run: Path, stage: str) -> dict[str, Any]:
     else what each simulated site has. `stage`: `final`, or `round-0003`.
     """
     evaluation = stored_evaluation(run) if stage == "final" else None
-    if evaluation is not None:
-        return evaluation
+    return _sites_own_document(run, stage) if evaluation is None else evaluation
+
+
+def _sites_own_document(run: Path, stage: str) -> dict[str, Any]:
     found = []
     for path in sorted((run / "sites").glob(f"*/evaluation/{stage}.json")):
         site = json.loads((path.parents[1] / "site.json").read_text(encoding="utf-8"))["site"]
@@ -118,25 +120,33 @@ def _subject_results(run: Path, recorded: Recorded) -> list[SubjectResult]:
     if recorded.measured is None:
         return []
     stage = "final" if recorded.final else f"round-{recorded.measured[0]:04d}"
-    try:
-        document = per_subject_document(run, stage)
-        return [
-            SubjectResult(
-                site=entry["site"],
-                subject=entry["subject"],
-                patient=entry.get("patient", entry["subject"]),
-                grade=entry.get("grade"),
-                tumour_ml=entry.get("tumour_ml", math.nan),
-                scores={
-                    structure: {key: math.nan if v is None else float(v) for key, v in of.items()}
-                    for structure, of in entry["scores"].items()
-                },
+    for read in (per_subject_document, _sites_own_document):
+        try:
+            if found := [_subject_result(entry) for entry in read(run, stage)["subjects"]]:
+                return found
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            where = "sites'" if read is _sites_own_document else "kept"
+            LOG.warning(
+                f"{run}: the {where} results of single subjects cannot be read ({error!r})."
             )
-            for entry in document["subjects"]
-        ]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        LOG.warning(f"{run}: the sites' results of single subjects cannot be read ({error}).")
-        return []
+    return []
+
+
+def _subject_result(entry: Mapping[str, Any]) -> SubjectResult:
+    result = SubjectResult(
+        site=str(entry["site"]),
+        subject=str(entry["subject"]),
+        patient=entry.get("patient", entry["subject"]),
+        grade=entry.get("grade"),
+        tumour_ml=entry.get("tumour_ml", math.nan),
+        scores={
+            structure: {key: math.nan if v is None else float(v) for key, v in of.items()}
+            for structure, of in entry["scores"].items()
+        },
+    )
+    for region in REGIONS:  # what is drawn of each subject is there
+        result.scores[region]["dice"], result.scores[region]["iou"]
+    return result
 
 
 def _results(run: Path) -> dict[str, Any]:

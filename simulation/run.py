@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -17,6 +15,7 @@ from client.device import available_cores, best_device
 from client.privacy import NotProtectable, require_protectable
 from common.config import FederationConfig
 from common.config_file import ConfigError, anchored, dump_config, load_config
+from common.csv_cells import csv_text
 from common.files import locked, write_text_atomically
 from common.masking import FEWEST_SITES
 from common.model import network_for
@@ -252,9 +251,7 @@ def _results_json(history: History, result: Result, data: Path, comparison: Any)
 
 def _results_csv(history: History) -> str:
     """One line per round, site and metric, and the final ones with stage `final`."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["stage", "round", "site", "metric", "mean", "subjects"])
+    rows: list[list[Any]] = []
     stages = [("round", r.round, r.metrics) for r in history.rounds()]
     final = history.final()
     if final is not None:
@@ -262,8 +259,8 @@ def _results_csv(history: History) -> str:
     for stage, number, metrics in stages:
         for site, of in metrics.items():
             for key, value in of.means.items():
-                table.writerow([stage, number, site, key, value, of.defined.get(key, of.n)])
-    return text.getvalue()
+                rows.append([stage, number, site, key, value, of.defined.get(key, of.n)])
+    return csv_text(["stage", "round", "site", "metric", "mean", "subjects"], rows)
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -215,7 +215,13 @@ def _content_hash(path: Path, hashes: sqlite3.Connection) -> str:
     """
     try:
         status = path.stat()
-        stamp = (str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        # bytes, for sqlite takes no text that is not UTF-8
+        stamp = (
+            os.fsencode(path.resolve()),
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+        )
         row = hashes.execute(
             "SELECT sha256 FROM hashes WHERE path = ? AND size = ? AND mtime_ns = ? AND ctime_ns = ?",
             stamp,

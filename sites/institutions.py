@@ -15,6 +15,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
 
+from common.console import plain
 from sites import brats2020
 from sites.cohort_files import (
     IVYGAP,
@@ -27,7 +28,7 @@ from sites.cohort_files import (
     read_name_mappings,
     read_partition,
 )
-from sites.subject import Subject
+from sites.subject import Subject, writable
 
 METHODS = ("institution", "name_mapping", "csv", "folders", "iid", "fets-23", "fets-33")
 
@@ -225,7 +226,14 @@ def _first_folder(subject: Subject, root: Path) -> str | None:
     except ValueError:
         return None
     own = levels == (subject.id,)
-    return None if own or not levels or levels[0].upper() in ("HGG", "LGG") else levels[0]
+    if own or not levels or levels[0].upper() in ("HGG", "LGG"):
+        return None
+    if writable(levels[0]) != levels[0]:
+        raise SplitError(
+            f"the folder {plain(levels[0])} in {root} cannot name a site, whose name is "
+            "a file's and stands in tables too: rename it"
+        )
+    return levels[0]
 
 
 def _iid(grades: Mapping[str, str], parts: int | None, seed: int) -> Iterable[tuple[str, str]]:

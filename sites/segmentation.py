@@ -13,6 +13,8 @@ from sites.finding import Report
 
 MAX_OUTSIDE = 0.01  # of the tumour; expert labels reach a few voxels beyond the brain's edge
 
+_DECLARED = "label_coding in the federation file (--label-coding in fed-client check and evaluate)"
+
 
 def translate(voxels: np.ndarray, file: str, coding: str, report: Report) -> np.ndarray | None:
     """System labels, uint8 in Fortran order, or None after reporting an error.
@@ -23,7 +25,7 @@ def translate(voxels: np.ndarray, file: str, coding: str, report: Report) -> np.
     inside = flat != 0
     marked = flat[inside]
     present = np.unique(marked)
-    fix = "Correct the segmentation; label_coding in the federation file says what labels mean."
+    fix = f"Correct the segmentation; {_DECLARED} says what labels mean."
     if present.dtype.kind == "f":
         if not np.isfinite(present).all():
             report(file, "error", "nan", "labels are not numbers (NaN or infinite)", fix)
@@ -52,14 +54,15 @@ def translate(voxels: np.ndarray, file: str, coding: str, report: Report) -> np.
             what = "holds both label 3 and label 4, which have several meanings"
             remedy = (
                 "Declare label_coding: brats2013 if 3 is non-enhancing tumour (BraTS 2013 and "
-                "2015); remove the resection cavity (4) from BraTS 2024 files."
+                "2015); remove the resection cavity (4) from BraTS 2024 files. "
+                f"It is {_DECLARED}."
             )
             report(file, "error", "ambiguous-labels", what, remedy)
             return None
         coding = "brats2023" if 3 in present else "brats"
         if 3 in present and not _named_as_2023(file):
             what = "label 3 instead of 4 is taken for enhancing tumour, as BraTS has it since 2023"
-            remedy = "Nothing if so; otherwise declare label_coding in the federation file."
+            remedy = f"Nothing if so; otherwise declare {_DECLARED}."
             report(file, "warning", "label-3-for-4", what, remedy)
 
     table = np.zeros(256, dtype=np.uint8)

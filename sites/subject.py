@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.brats import MODALITIES
+from common.console import printable
 from sites.finding import Finding
 
 SEGMENTATION = "seg"
@@ -23,8 +25,11 @@ _ROLES = {
     **{f"_{name}": name for name in (*MODALITIES, SEGMENTATION)},
     **{"-t1n": "t1", "-t1c": "t1ce", "-t2w": "t2", "-t2f": "flair", "-seg": SEGMENTATION},
 }
-_FILE = re.compile(rf"(?P<id>.+)(?P<role>{'|'.join(_ROLES)})\.nii(\.gz)?", re.IGNORECASE)
+_FILE = re.compile(
+    rf"(?P<id>.+)(?P<role>{'|'.join(_ROLES)})\.nii(\.gz)?", re.IGNORECASE | re.DOTALL
+)
 
+_UNWRITABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, bytes that are no UTF-8, line breaks
 # Kaggle's copy of BraTS 2020 kept the original name of this one segmentation.
 _MISNAMED_FOLDER = "BraTS20_Training_355"
 _MISNAMED_FILE = re.compile(r"W39_1998\.09\.19_Segm\.nii(\.gz)?")
@@ -86,6 +91,8 @@ def discover(root: Path, *, modalities: Sequence[str] = MODALITIES, site: str = 
     findings: list[Finding] = []
 
     def error(subject: str, file: str, code: str, what: str, remedy: str) -> None:
+        texts = (printable(text).replace("\n", "?") for text in (subject, file, code, what, remedy))
+        subject, file, code, what, remedy = texts
         findings.append(Finding(site, subject, file, "error", code, what, remedy))
 
     def unreadable(folder: Path) -> None:
@@ -96,12 +103,27 @@ def discover(root: Path, *, modalities: Sequence[str] = MODALITIES, site: str = 
     spoiled: set[str] = set()
     for folder, names in _folders(root, unreadable):
         members: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+        unwritable: dict[str, list[str]] = defaultdict(list)
         for name in names:
-            if parsed := role_of(name, folder.name):
+            clean = writable(name)
+            parsed = role_of(name, folder.name) or role_of(clean, folder.name)
+            if parsed and clean != name:
+                unwritable[printable(parsed[0]).replace("\n", "?")].append(name)
+            elif parsed:
                 subject_id, role = parsed
                 if subject_id.casefold() == folder.name.casefold():
                     subject_id = folder.name
                 members[subject_id][role].append(folder / name)
+        for subject_id, files in unwritable.items():
+            error(
+                subject_id,
+                files[0],
+                "unwritable-name",
+                f"the names of {_count(len(files), 'file')} hold a line break, another control character "
+                "or bytes that are no UTF-8",
+                "Rename the files.",
+            )
+        spoiled |= unwritable.keys()
         strangers = [i for i in members if _contradicts(folder.name, i)]
         for other in strangers:
             files = sorted(p.name for paths in members[other].values() for p in paths)
@@ -165,6 +187,11 @@ def _folders(root: Path, unreadable: Callable[[Path], None]) -> Iterator[tuple[P
         seen.add((status.st_dev, status.st_ino))
         below[:] = sorted(b for b in below if not b.startswith(".") and b != "__MACOSX")
         yield Path(folder), sorted(names)
+
+
+def writable(name: str) -> str:
+    """`name` without the characters that stop it from being written in a list, a table or a database."""
+    return "".join(c for c in name if unicodedata.category(c) not in _UNWRITABLE)
 
 
 def _subject(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -101,6 +102,22 @@ def test_what_is_drawn_is_what_was_measured(model, hospital, tmp_path, undrawn):
     assert any(case.prediction.any() for case in cases)
     assert [title.split(":")[0] for title in titles] == ["best", "median", "worst"]
     assert sorted(hospital.rglob("*")) == before
+
+
+def test_labels_are_drawn_by_the_coding_by_which_they_were_measured(
+    model, hospital, tmp_path, undrawn
+):
+    for path in hospital.rglob("*_seg.nii.gz"):
+        image = nib.load(path)
+        as_msd = np.array([0, 2, 1, 3, 3], np.uint8)[np.asarray(image.dataobj).astype(int)]
+        nib.save(nib.Nifti1Image(as_msd, image.affine, image.header), path)
+    document = evaluate_folder(model, hospital, site="x", label_coding="msd")
+    draw_pictures(document, model, hospital, tmp_path / "out")
+    [(cases, _)] = undrawn
+    for case in cases:
+        [path] = hospital.rglob(f"{case.subject}_seg.nii.gz")
+        in_file = np.bincount(np.asarray(nib.load(path).dataobj).ravel().astype(int))
+        np.testing.assert_array_equal(np.bincount(case.truth.ravel())[1:], in_file[[2, 1, 3]])
 
 
 def test_pictures_are_files_that_only_their_owner_reads_and_the_output_says_where(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import nibabel as nib
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -196,3 +197,96 @@ def test_wrong_usage_is_told_before_anything_is_read(model, hospital, tmp_path):
     failed = fed_client(tmp_path / "file", hospital)
     assert failed.exit_code == 1
     assert "safetensors" in failed.stderr
+
+
+def seen_truths(model, data, **more) -> dict[str, np.ndarray]:
+    """The system labels of every subject, as they are measured against."""
+    seen = {}
+
+    def segmenter(*_):
+        def segment(subject):
+            seen[subject.id] = np.array(subject.truth())
+            return seen[subject.id]
+
+        return segment
+
+    evaluate_folder(model, data, site="x", segmenter=segmenter, **more)
+    return seen
+
+
+def recode(hospital, **labels: int) -> None:
+    """Give every segmentation other numbers, such as of_1=2."""
+    for path in hospital.rglob("*_seg.nii.gz"):
+        image = nib.load(path)
+        voxels = np.asarray(image.dataobj).astype(np.uint8)
+        changed = voxels.copy()
+        for name, new in labels.items():
+            changed[voxels == int(name.removeprefix("of_"))] = new
+        nib.save(nib.Nifti1Image(changed, image.affine, image.header), path)
+
+
+@pytest.fixture(scope="module")
+def msd_model(tiny_config, tmp_path_factory):
+    """Of a federation that agreed on another label coding than the hospital's."""
+    config = tiny_config("label_coding=msd")
+    path = tmp_path_factory.mktemp("msd") / "model.safetensors"
+    save_weights(path, initial_weights(config), {"config": config.agreed(), "round": 1})
+    return path
+
+
+def test_labels_mean_what_the_hospital_says_and_not_what_the_models_federation_agreed_on(
+    model, msd_model, hospital, tmp_path
+):
+    expected = seen_truths(model, hospital)
+    cache = tmp_path / "cache"
+    found = seen_truths(msd_model, hospital, cache=cache)
+    assert all((found[name] == truth).all() for name, truth in expected.items())
+    recode(hospital, of_1=2, of_2=1, of_4=3)  # now they are coded so too
+    for of in (model, msd_model):
+        found = seen_truths(of, hospital, cache=cache, label_coding="msd")
+        assert all((found[name] == truth).all() for name, truth in expected.items())
+        swapped = seen_truths(of, hospital, cache=cache)  # the cache tells them apart
+        assert all((swapped[name] != truth).any() for name, truth in expected.items())
+
+
+def test_the_coding_is_an_option_and_is_said(model, msd_model, hospital, tmp_path):
+    [one] = sorted((hospital / "LGG").iterdir())
+    recode(one, of_2=3)  # 3 beside 4: nobody but the hospital knows
+    document = json.loads(fed_client(model, hospital, "--json").stdout)
+    assert [entry["subject"] for entry in document["left_out"]] == [one.name]
+    assert document["label_coding"] == "auto"
+    [finding] = [f for f in document["findings"] if f["subject"] == one.name]
+    assert "--label-coding" in finding["remedy"]
+    out = tmp_path / "out"
+    done = fed_client(model, hospital, "--label-coding", "brats2013", "--out", out)
+    assert done.exit_code == 0, done.output
+    assert "Labels were read by the coding brats2013 (--label-coding)." in done.stdout
+    document = json.loads((out / "evaluation.json").read_text())
+    assert (document["label_coding"], document["pooled"]["n"]) == ("brats2013", 3)
+    warned = fed_client(msd_model, hospital).stdout
+    assert "by each file's own labels" in warned
+    assert "evaluate again with --label-coding msd" in warned
+    wrong = fed_client(model, hospital, "--label-coding", "brats2014")
+    assert wrong.exit_code == 2
+    assert "is not one of auto, brats, brats2023" in words(wrong.output)
+
+
+def test_names_that_are_no_utf8_stop_nobody(model, hospital, tmp_path):
+    first, second = sorted((hospital / "HGG").iterdir())
+    first.rename(hospital / "HGG" / "pat\udcff")  # the id in its files is a plain one
+    for path in sorted(second.iterdir()):
+        path.rename(second / path.name.replace(second.name, "pat\udcff"))
+    out = tmp_path / "out"
+    done = fed_client(model, hospital, "--out", out, "--cache", tmp_path / "cache")
+    assert done.exit_code == 0, done.output
+    assert "Left out: pat? of [red]klinik: the names of 5 files" in words(done.stdout)
+    document = json.loads((out / "evaluation.json").read_text())
+    assert first.name in [subject["subject"] for subject in document["subjects"]]
+    assert document["pooled"]["n"] == 2
+
+
+def test_a_confidence_that_is_no_number_is_refused(model, hospital, monkeypatch):
+    monkeypatch.setattr(module, "evaluate_folder", lambda *_, **__: pytest.fail("it was begun"))
+    failed = fed_client(model, hospital, "--confidence", "nan")
+    assert failed.exit_code == 2
+    assert "--confidence" in failed.output

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import client.subject_results as module
 from client.postprocessing import NONE, RECOMMENDED, REFERENCE
 from client.prediction import Options, load_model, segment
 from client.subject_results import (
@@ -18,6 +19,7 @@ from client.subject_results import (
     subject_result,
 )
 from common.brats import STRUCTURES
+from common.evaluation_document import EvaluationError
 from common.evaluation_summary import LESION_METRICS, METRICS
 from common.metrics import REGIONS
 from common.model import initial_weights
@@ -118,6 +120,48 @@ def test_with_flips_and_steps_the_labels_are_those_that_predict_writes(
     labels = segmenter_of(model, options)(wide)
     np.testing.assert_array_equal(labels, made.labels)
     assert (labels != segmenter_of(model, PLAIN)(wide)).any(), "the options do something here"
+
+
+@pytest.mark.parametrize("options", [PLAIN, Options(postprocess=REFERENCE)], ids=["plain", "steps"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"
+        ),
+    ],
+    ids=["numpy", "cuda", "cpu"],
+)
+def test_too_little_memory_is_said_in_the_same_words_with_and_without_options(
+    options, error, prepared, tiny_config, tmp_path, monkeypatch
+):
+    config = tiny_config()
+    path = tmp_path / "model.safetensors"
+    save_weights(path, initial_weights(config), {"config": config.agreed()})
+    model = load_model(path)
+
+    def exhausted(*_, **__):
+        raise error
+
+    monkeypatch.setattr(model.network, "forward", exhausted)
+    subject = prepared.ready[0]
+    with pytest.raises(
+        EvaluationError, match=f"{subject.id} is too large for this machine's memory"
+    ):
+        segmenter_of(model, options)(subject)
+
+
+def test_another_error_of_the_network_is_not_called_a_lack_of_memory(
+    monkeypatch, make_subject, truth
+):
+    def broken(subject):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(module, "plain_segmenter", lambda model: broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        segmenter_of(None, PLAIN)(labelled(make_subject, truth))
 
 
 def test_what_was_done_to_the_labels_is_said_unless_it_is_nothing():

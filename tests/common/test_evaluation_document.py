@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -30,6 +31,7 @@ MODEL = {"file": "model.safetensors", "sha256": "ab" * 32}
 def document(results=RESULTS, **more):
     plain = {"flips": False, "postprocess": {"fill_holes": False}}
     settings = {"model": MODEL, "of": "held-out", "confidence": 0.95, "segmentation": plain}
+    settings["label_coding"] = "auto"
     return evaluation_document(results, **{**settings, **more})
 
 
@@ -113,7 +115,24 @@ def test_names_are_shown_as_they_are_and_cannot_draw():
     assert "\x1b" not in text
     assert json.loads(json.dumps(of, allow_nan=False))["sites"].keys() == {"[red]x[/red]", "[/]"}
     rows = list(csv.DictReader(io.StringIO(subjects_csv(of))))
-    assert {row["subject"] for row in rows} == {"s\x1b[2J", "\n"}
+    assert {row["subject"] for row in rows} == {"s?[2J", "?"}
+
+
+def test_no_name_is_a_formula_in_a_spreadsheet_and_numbers_stay_numbers():
+    names = ["=HYPERLINK(1)", "+1", "@x", "-x", "a=b", "pat\udcff", " =1"]
+    of = document(
+        [replace(result(n, n, 0.1, patient=n, grade="=G"), tumour_ml=-1.5) for n in names]
+    )
+    shown_as = {"'=HYPERLINK(1)", "'+1", "'@x", "'-x", "a=b", "pat?", "' =1"}
+    rows = list(csv.DictReader(io.StringIO(subjects_csv(of))))
+    for column in ("site", "subject", "patient"):
+        assert {row[column] for row in rows} == shown_as
+    assert {row["grade"] for row in rows} == {"'=G"}
+    assert {row["tumour_ml"] for row in rows} == {"-1.5"}
+    assert min(float(row["value"]) for row in rows) == pytest.approx(0.1 - 0.2)
+    summary = list(csv.DictReader(io.StringIO(summary_csv(of))))
+    assert {row["name"] for row in summary if row["group"] == "site"} == shown_as
+    assert subjects_csv(of).encode()  # no half character is left
 
 
 def test_a_score_that_nobody_has_is_a_dash():

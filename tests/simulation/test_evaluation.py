@@ -208,6 +208,7 @@ def test_wrong_usage_is_told_before_anything_is_read(run, tmp_path):
         ((tmp_path / "gone",), "is no folder"),
         ((run, "--model", tmp_path / "gone"), "is no file"),
         ((run, "--out", tmp_path / "file"), "is no folder"),
+        ((run, "--confidence", "nan"), "0.5<=x<=0.999"),
         ((run, "--postprocess", "much"), "not one of none, reference, recommended"),
     ):
         failed = fed_sim(*arguments)

@@ -15,14 +15,17 @@ from typer.testing import CliRunner
 from client.evaluation import evaluate
 from client.prediction import load_model
 from client.site import load_site
-from common.evaluation_document import write_evaluation
+from client.subject_results import PLAIN, segmentation_of
+from common.evaluation_document import FORMAT, write_evaluation
 from common.evaluation_summary import SubjectResult, shown_subjects
 from common.metrics import REGIONS
+from common.weights import file_sha256
 from server.history import History
 from server.tables import number
 from simulation.cli import app
 from simulation.evaluation import evaluate_run, evaluation_folder
 from simulation.report import (
+    LOG,
     _comparison,
     _over_subjects,
     per_subject_document,
@@ -50,6 +53,14 @@ def page(finished_run, tmp_path_factory) -> tuple[Page, Path]:
 @pytest.fixture
 def copied(finished_run, tmp_path) -> Path:
     return shutil.copytree(finished_run.folder, tmp_path / "run")
+
+
+@pytest.fixture
+def log(monkeypatch) -> list[str]:
+    """Warnings of the report."""
+    lines: list[str] = []
+    monkeypatch.setattr(LOG, "warning", lines.append)
+    return lines
 
 
 def result(site: str, subject: str, dice: float, **more: float) -> SubjectResult:
@@ -240,6 +251,36 @@ def test_a_kept_evaluation_is_in_the_report_and_its_absence_is_said(copied, monk
     assert grades["all"] == f"{n['site-01'] + n['site-06']} HGG, {n['site-13']} LGG"
     same = before["spread"].tables[0].rows, after["spread"].tables[0].rows
     assert same[0] == same[1], "the subjects' scores are the run's own"
+
+
+@pytest.mark.parametrize("damage", [None, [], [3], [{"site": "site-01"}], "lacks a region"])
+def test_a_damaged_evaluation_leaves_the_subjects_of_the_sites_own_files(
+    copied, monkeypatch, damage, log
+):
+    monkeypatch.setattr("simulation.report._pictures", lambda *_: [])
+
+    def spread():
+        sections = simulations_report(copied).sections
+        return next(s for s in sections if s.name == "spread").tables[0].rows
+
+    before = spread()
+    document = {
+        "format": FORMAT,
+        "of": "held-out",
+        "model": {"sha256": file_sha256(copied / "model.safetensors")},
+        "segmentation": segmentation_of(PLAIN),
+        "subjects": damage,
+    }
+    if damage == "lacks a region":
+        entry = {"site": "site-01", "subject": "x", "scores": {"WT": {"dice": 1, "iou": 1}}}
+        document["subjects"] = [entry]
+    assert not log
+    folder = evaluation_folder(copied)
+    folder.mkdir()
+    (folder / "evaluation.json").write_text(json.dumps(document))
+    assert spread() == before
+    if damage != []:
+        assert any("kept results of single subjects cannot be read" in line for line in log)
 
 
 def test_no_run_is_said_in_a_line(tmp_path):

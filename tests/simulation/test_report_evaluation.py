@@ -17,6 +17,7 @@ def document(results=RESULTS):
         model={"file": "m", "sha256": "0"},
         of="held-out",
         segmentation={},
+        label_coding="auto",
         confidence=0.9,
         remarks=["Remember."],
     )

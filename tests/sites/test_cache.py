@@ -156,6 +156,18 @@ def test_two_files_of_equal_size_and_age_that_swap_names_are_noticed(
     np.testing.assert_array_equal(again.image()[0], first.image()[2])
 
 
+def test_a_folder_whose_name_is_no_utf8_is_prepared_and_remembered_like_any_other(
+    data: Path, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(cache, "SETTLED_SECONDS", -1.0)  # remembered at once
+    before = run(data, tmp_path / "cache")
+    sorted(path for path in data.iterdir() if path.is_dir())[0].rename(data / "pat\udcff")
+    after = run(data, tmp_path / "cache")
+    assert [e.folder for e in after.ready] == [e.folder for e in before.ready]
+    monkeypatch.setattr(cache, "file_sha256", lambda path: pytest.fail("read again"))
+    assert run(data, tmp_path / "cache") == after
+
+
 def test_another_recipe_makes_new_entries_and_keeps_the_old(data: Path, tmp_path: Path):
     folder = tmp_path / "cache"
     run(data, folder)

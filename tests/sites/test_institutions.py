@@ -303,6 +303,9 @@ def test_the_first_folder_below_the_root_is_the_site(tmp_path):
     assert split.unmapped == ("c1", "d1")
     with pytest.raises(SplitError, match="HGG and LGG are grades"):
         split_subjects(members[4:], by="folders", root=tmp_path)
+    members.append(subject("e1", tmp_path / "pat\udcff" / "e1"))
+    with pytest.raises(SplitError, match=r"the folder pat\? in .* rename it"):
+        split_subjects(members, by="folders", root=tmp_path)
 
 
 def test_the_same_id_at_two_sites_is_refused(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.brats import MODALITIES
+from common.console import printable
 from sites.subject import discover
 
 OLD = ("_t1", "_t1ce", "_t2", "_flair", "_seg")
@@ -71,6 +72,38 @@ def test_kaggles_misnomer_counts_only_where_it_is(tmp_path):
     other, kaggle = discover(tmp_path).subjects
     assert other.segmentation is None
     assert kaggle.segmentation == kaggle.folder / "W39_1998.09.19_Segm.nii"
+
+
+@pytest.mark.parametrize("odd", ["a\nb", "pat\udcff", "a\x1b[2J"])
+def test_a_name_that_cannot_be_written_down_is_said_and_the_others_go_on(tmp_path, odd):
+    put(tmp_path / odd, odd)
+    put(tmp_path / "BraTS20_Training_001", "BraTS20_Training_001")
+    found = discover(tmp_path, site="north")
+    assert [s.id for s in found.subjects] == ["BraTS20_Training_001"]
+    (finding,) = found.findings
+    assert (finding.site, finding.severity) == ("north", "error")
+    assert (finding.code, finding.subject) == ("unwritable-name", printable(odd).replace("\n", "?"))
+    assert "5 files" in finding.what
+    assert all(text.isprintable() and text.encode() for text in finding.as_dict().values())
+
+
+@pytest.mark.parametrize("name", ["x_t1.nii.gz\n", "x_t1\n.nii.gz", "x_t1\udcff.nii.gz"])
+def test_a_modality_with_a_broken_name_is_not_dropped_without_a_word(tmp_path, name):
+    folder = put(tmp_path / "x", "x", OLD[1:])
+    (folder / name).touch()
+    found = discover(tmp_path)
+    assert found.subjects == ()
+    (finding,) = found.findings
+    assert (finding.code, finding.subject) == ("unwritable-name", "x")
+
+
+def test_a_folder_whose_name_cannot_be_written_may_hold_a_subject(tmp_path):
+    put(tmp_path / "\udcff", "x")
+    (subject,) = discover(tmp_path).subjects
+    assert subject.id == "x"
+    put(tmp_path / "y", "x")
+    (finding,) = discover(tmp_path).findings
+    assert "y and ?" in finding.what
 
 
 def test_junk_is_ignored(tmp_path):
