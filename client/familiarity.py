@@ -29,7 +29,8 @@ Features = dict[str, float]
 widest cross-section that lies on a face of the image), and for each modality, over brain voxels,
 "grain/t1" (0 smooth, 1 white noise), "skew/t1", "peak/t1" (99th percentile in standard deviations
 above the mean); "alike/t1-t1ce" is the correlation of two modalities. Of the prediction:
-"tumour_share" of the brain, "tumour_entropy" (0 to 1), "flip_agreement" (Dice)."""
+"tumour_share" of the brain, "tumour_entropy" (0 to 1), "flip_agreement" (Dice), and of each region
+"found_ml/WT", what the network found, and "removed_ml/WT", what post-processing took away of it."""
 
 VOXEL_MM = 0.5, 2.0
 BRAIN_ML = 700.0, 2200.0
@@ -43,7 +44,9 @@ LEAST_AGREEMENT = 0.7
 FEWEST = 5  # subjects of a reference
 FAR = 6.0  # robust standard deviations
 NORMAL = 1.4826  # a normal distribution's standard deviation, in median absolute deviations
-NOT_COMPARED = ("cut", "tumour_share")  # how large tumours are says nothing of the scan
+MUCH = 0.5  # of what the network found
+# how large tumours are says nothing of the scan
+NOT_COMPARED = ("cut", "tumour_share", "found_ml", "removed_ml")
 
 
 class BadReference(ValueError):
@@ -217,9 +220,16 @@ def _of_the_images(features: Mapping[str, float], found: Collection[str]) -> lis
 
 def _of_the_prediction(features: Mapping[str, float]) -> list[str]:
     share = features.get("tumour_share", 0.0)
+    warnings = _of_the_postprocessing(features)
     if "tumour_share" in features and share == 0:
-        return ["no tumour was found at all; the model has learnt from scans with a tumour only"]
-    warnings = []
+        found, removed = (features.get(f"{kind}_ml/WT", 0.0) for kind in ("found", "removed"))
+        if found == 0:
+            return [
+                "no tumour was found at all; the model has learnt from scans with a tumour only"
+            ]
+        if removed < found:
+            warnings.append("all of the tumour lies where every scan is 0")
+        return warnings
     if share > LARGEST_SHARE:
         warnings.append(f"{share:.0%} of the brain were taken for tumour, which is implausible")
     entropy = features.get("tumour_entropy", 0.0)
@@ -233,6 +243,26 @@ def _of_the_prediction(features: Mapping[str, float]) -> list[str]:
             f"the mirror images of the scan are segmented differently (mean Dice {agreement:.2f})"
         )
     return warnings
+
+
+def _of_the_postprocessing(features: Mapping[str, float]) -> list[str]:
+    """Of the whole tumour what is MUCH; of its parts only what is all, for they are small anyway."""
+    warnings = []
+    for region, words in (("WT", "tumour"), ("TC", "tumour core"), ("ET", "enhancing tumour")):
+        found = features.get(f"found_ml/{region}", 0.0)
+        removed = features.get(f"removed_ml/{region}", 0.0)
+        if found > 0 and removed >= found * (MUCH if region == "WT" else 1):
+            warnings.append(
+                f"post-processing removed {_ml(removed)} of {_ml(found)} ml of {words} that the network "
+                "found; --postprocess none shows it"
+            )
+            if removed == found:
+                break  # hence its parts too
+    return warnings
+
+
+def _ml(volume: float) -> str:
+    return f"{volume:.1f}" if volume >= 1 else f"{volume:.2g}"
 
 
 # ----------------------------------------------------------------------------------- the reference
@@ -251,7 +281,8 @@ def reference_of(subjects: Sequence[Mapping[str, float]], *, model: str, flips: 
     names = [
         name
         for name in subjects[0]
-        if name not in NOT_COMPARED and all(name in features for features in subjects)
+        if name.partition("/")[0] not in NOT_COMPARED
+        and all(name in features for features in subjects)
     ]
     median, deviation = {}, {}
     for name in names:

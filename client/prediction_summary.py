@@ -21,6 +21,7 @@ def summary_of(prediction: Prediction) -> Summary:
     return {
         "subject": prediction.subject,
         "millilitres": prediction.volumes_ml,
+        "millilitres_before_postprocessing": prediction.found_ml,
         "tumour_entropy": prediction.tumour_entropy,
         "flip_agreement": prediction.flip_agreement,
         "location": location_of(prediction),
