@@ -44,6 +44,7 @@ LEAST_AGREEMENT = 0.7
 FEWEST = 5  # subjects of a reference
 FAR = 6.0  # robust standard deviations
 NORMAL = 1.4826  # a normal distribution's standard deviation, in median absolute deviations
+LARGEST = 1e9  # intensity up to which float32 is wide enough
 MUCH = 0.5  # of what the network found
 # how large tumours are says nothing of the scan
 NOT_COMPARED = ("cut", "tumour_share", "found_ml", "removed_ml")
@@ -72,7 +73,7 @@ class Reference:
 
 
 def input_features(scan: Scan) -> Features:
-    """Of a scan that was read for exactly the modalities of the model."""
+    """Of a scan that was read for exactly the modalities of the model; finite, or left out."""
     brain = brain_of(scan)
     features = {f"spacing/{axis}": step for axis, step in zip("xyz", scan.spacing, strict=True)}
     features["brain_ml"] = float(np.count_nonzero(brain) * np.prod(scan.spacing)) / 1000
@@ -82,6 +83,9 @@ def input_features(scan: Scan) -> Features:
     values = {}
     for modality, voxels in scan.images.items():
         volume = voxels[box].astype(np.float32)
+        largest = float(np.abs(volume).max())
+        if largest > LARGEST:  # squares would be infinite; no feature depends on the unit
+            volume /= np.float32(largest)
         inside = volume[brain]
         inside = (inside - inside.mean(dtype=np.float64)) / max(float(inside.std()), 1e-6)
         values[modality] = inside
@@ -91,7 +95,7 @@ def input_features(scan: Scan) -> Features:
         features[f"peak/{modality}"] = float(np.percentile(inside, 99))
     for a, b in itertools.combinations(values, 2):
         features[f"alike/{a}-{b}"] = float((values[a] * values[b]).mean(dtype=np.float64))
-    return features
+    return {name: value for name, value in features.items() if math.isfinite(value)}
 
 
 def prediction_features(
@@ -326,7 +330,16 @@ _WORDS = {
 
 def save_reference(path: Path, reference: Reference) -> None:
     """Raises OSError if it cannot be written."""
-    write_text_atomically(path, json.dumps(asdict(reference), indent=1) + "\n")
+    document = json.dumps(asdict(reference), indent=1, allow_nan=False)
+    write_text_atomically(path, document + "\n")
+
+
+def is_reference(path: Path) -> bool:
+    """Whether a file reads as a reference, of whatever model."""
+    try:
+        return _read(path) is not None
+    except (BadReference, OSError):
+        return False
 
 
 def load_reference(path: Path, *, model: str, flips: bool) -> Reference:
@@ -336,26 +349,35 @@ def load_reference(path: Path, *, model: str, flips: bool) -> Reference:
         BadReference: it is no such file, or was made with another model or other flips.
         OSError: it cannot be read.
     """
-    again = "write it again with --write-reference"
+    reference = _read(path)
+    values = (*reference.median.values(), *reference.deviation.values())
+    if not all(math.isfinite(v) for v in values) or any(
+        name.partition("/")[0] not in _WORDS for name in reference.median
+    ):
+        raise BadReference(f"{path}: is no reference of this version of fedbrats; {_AGAIN}.")
+    if reference.model != model:
+        raise BadReference(f"{path}: was made with another model; {_AGAIN}.")
+    if reference.flips != flips:
+        how = "with" if reference.flips else "without"
+        raise BadReference(f"{path}: was made {how} flips; do the same here, or {_AGAIN}.")
+    return reference
+
+
+_AGAIN = "write it again with --write-reference"
+
+
+def _read(path: Path) -> Reference:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        reference = Reference(
+        return Reference(
             str(document["model"]),
             bool(document["flips"]),
             int(document["subjects"]),
             {str(name): float(value) for name, value in document["median"].items()},
             {str(name): float(document["deviation"][name]) for name in document["median"]},
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadReference(f"{path}: is no reference of fedbrats; {again}.") from error
-    values = (*reference.median.values(), *reference.deviation.values())
-    if not all(math.isfinite(v) for v in values) or any(
-        name.partition("/")[0] not in _WORDS for name in reference.median
-    ):
-        raise BadReference(f"{path}: is no reference of this version of fedbrats; {again}.")
-    if reference.model != model:
-        raise BadReference(f"{path}: was made with another model; {again}.")
-    if reference.flips != flips:
-        how = "with" if reference.flips else "without"
-        raise BadReference(f"{path}: was made {how} flips; do the same here, or {again}.")
-    return reference
+    except (
+        *(ValueError, KeyError, TypeError, AttributeError),
+        *(OverflowError, RecursionError),  # a number without end, lists within lists
+    ) as error:
+        raise BadReference(f"{path}: is no reference of fedbrats; {_AGAIN}.") from error

@@ -25,10 +25,11 @@ from client.familiarity import (
     prediction_features,
 )
 from client.flips import flipped_scores
-from client.nifti_output import save_labels, save_map
+from client.nifti_output import labels_file, map_file
 from client.postprocessing import RECOMMENDED, PostProcessing, postprocess
 from common.brats import BACKGROUND, N_CLASSES, STRUCTURES
 from common.config import FederationConfig
+from common.files import write_together
 from common.metrics import REGIONS
 from common.model import network_for
 from common.weights import BadWeights, check_update, load_weights
@@ -239,20 +240,25 @@ def save(prediction: Prediction, labels: Path) -> list[Path]:
     """Write the labels to `labels` (.nii or .nii.gz), and the maps that were kept beside it.
 
     Raises:
-        OSError: a file cannot be written.
+        OSError: a file cannot be written, which `filename` names; nothing has changed then.
     """
     place = prediction.affine, prediction.file_affine
-    save_labels(labels, prediction.labels, *place)
     probabilities, entropy = map_paths(labels)
-    written = [labels]
+    files = {labels: labels_file(labels, prediction.labels, *place)}
     if prediction.probabilities is not None:
-        about = "fedbrats probabilities: background, NCR, ED, ET"
-        save_map(probabilities, prediction.probabilities, *place, about)
-        written.append(probabilities)
+        about = "probabilities: background, NCR, ED, ET"
+        files[probabilities] = map_file(probabilities, prediction.probabilities, *place, about)
     if prediction.entropy is not None:
-        save_map(entropy, prediction.entropy, *place, "fedbrats entropy, 0 sure to 1")
-        written.append(entropy)
-    return written
+        files[entropy] = map_file(entropy, prediction.entropy, *place, "entropy, 0 sure to 1")
+    write_together(files)
+    return list(files)
+
+
+def written_by(options: Options, labels: Path) -> list[Path]:
+    """The files that `save` will write for these options."""
+    probabilities, entropy = map_paths(labels)
+    maps = [(options.probabilities, probabilities), (options.uncertainty, entropy)]
+    return [labels, *(path for wanted, path in maps if wanted)]
 
 
 def map_paths(labels: Path) -> tuple[Path, Path]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from client.location import describe
+from client.postprocessing import PostProcessing
+from client.postprocessing import in_words as steps_in_words
 from client.prediction import Prediction
 from common.brats import BACKGROUND, STRUCTURES
 from common.console import printable
@@ -55,7 +57,16 @@ def as_csv(summaries: Sequence[Summary]) -> str:
     table = csv.writer(text, lineterminator="\n")
     columns = ("tumour_entropy", "flip_agreement")
     table.writerow(
-        ["subject", *(f"{n}_ml" for n in STRUCTURES), *columns, "location", "warnings", "errors"]
+        [
+            "subject",
+            *(f"{n}_ml" for n in STRUCTURES),
+            *columns,
+            "location",
+            "warnings",
+            "errors",
+            "model",
+            "options",
+        ]
     )
     for summary in summaries:
         volumes = summary.get("millilitres") or {}
@@ -73,9 +84,17 @@ def as_csv(summaries: Sequence[Summary]) -> str:
                 _cell(str(location.get("text", ""))),
                 _cell("; ".join(summary.get("warnings", []))),
                 _cell("; ".join(errors)),
+                _cell(str(summary.get("model", {}).get("sha256", ""))[:12]),
+                _cell(options_in_words(summary["options"]) if "options" in summary else ""),
             ]
         )
     return text.getvalue()
+
+
+def options_in_words(options: Mapping[str, Any]) -> str:
+    """How a subject's labels were made; `options` is `client.prediction.Options` as a dictionary."""
+    steps = steps_in_words(PostProcessing(**options["postprocess"])) or "no post-processing"
+    return f"flips, {steps}" if options["flips"] else steps
 
 
 def _cell(text: str) -> str:

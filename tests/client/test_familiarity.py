@@ -191,6 +191,25 @@ def test_a_reference_is_median_and_deviation_and_outliers_are_named():
     assert "7 subjects" in warning
 
 
+def test_intensities_near_the_end_of_float32_are_judged_as_others_are(scans):
+    scan = scans[0]
+    huge = {m: v.astype(np.float32) * np.float32(1e33) for m, v in scan.images.items()}
+    with np.errstate(all="raise"):
+        features = input_features(changed(scan, **huge))
+    usual = input_features(scan)
+    assert features.keys() == usual.keys()
+    for name, value in usual.items():
+        assert features[name] == pytest.approx(value, abs=1e-4), name
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"model": "m", "flips": 0, "subjects": 1e999}'])
+def test_a_file_made_to_break_the_reader_is_no_reference(text, tmp_path):
+    path = tmp_path / "reference.json"
+    path.write_text(text)
+    with pytest.raises(BadReference, match="no reference"):
+        load_reference(path, model="m", flips=False)
+
+
 def test_a_reference_is_read_back_and_refused_where_it_does_not_belong(usual, tmp_path):
     path = tmp_path / "reference.json"
     save_reference(path, usual)
