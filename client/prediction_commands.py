@@ -250,9 +250,7 @@ def chosen_steps(preset: str, overrides: Mapping[str, Any] | None = None) -> Pos
         )
     given = {name: value for name, value in (overrides or {}).items() if value is not None}
     for name, value in given.items():
-        if not math.isfinite(
-            value
-        ):  # the limits of an option let nan through, as it is in no order
+        if not math.isfinite(value):  # nan passes the limits of an option, inf some
             raise typer.BadParameter("is no number.", param_hint="--" + name.replace("_", "-"))
     return replace(PRESETS[preset], **given)
 

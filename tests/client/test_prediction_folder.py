@@ -82,7 +82,7 @@ def test_a_file_that_a_person_has_worked_on_is_kept_and_named(job, subjects, seg
     segment_all(with_map, subjects, [], out)
     corrected = out / f"{first}.nii.gz"
     image = nibabel.load(corrected)  # another tool keeps what the header says of its origin
-    labels = np.array(image.dataobj)
+    labels = np.asarray(image.dataobj).copy()
     labels[0, 0, 0] = 4
     nibabel.save(nibabel.Nifti1Image(labels, image.affine, image.header), corrected)
     content = corrected.read_bytes()
