@@ -20,6 +20,7 @@ from common.brats import CODINGS, ED, ET, N_CLASSES, NCR
 from common.files import write_atomically
 
 DESCRIPTION = "For research; not a medical device."
+MANUFACTURER = "fedbrats"
 _LONGEST = 64  # characters of a short text in DICOM
 _SEGMENTS = (  # label, label in words, code, its scheme, its meaning
     (NCR, "NCR necrotic, non-enhancing core", "6574001", "SCT", "Necrosis"),
@@ -88,6 +89,17 @@ def write_dicom_seg(
         ) from None
 
 
+def is_own(path: Path) -> bool:
+    """Whether a file is a DICOM-SEG of fedbrats; False for whatever cannot be read."""
+    pydicom, _ = dicom_libraries()
+    try:
+        with quiet():
+            header = pydicom.dcmread(path, stop_before_pixels=True)
+    except Exception:  # pydicom raises many things
+        return False
+    return header.get("Modality") == "SEG" and header.get("Manufacturer") == MANUFACTURER
+
+
 def _segmentation(volume: Any, source: Series, model: str) -> Any:
     pydicom, highdicom = dicom_libraries()
     from pydicom.sr.codedict import codes
@@ -130,7 +142,7 @@ def _segmentation(volume: Any, source: Series, model: str) -> Any:
         series_number=1000 + int(images[0].SeriesNumber or 0),
         sop_instance_uid=highdicom.UID(),
         instance_number=1,
-        manufacturer="fedbrats",
+        manufacturer=MANUFACTURER,
         manufacturer_model_name=name,
         software_versions=version,
         device_serial_number=version,

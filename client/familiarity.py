@@ -29,7 +29,8 @@ Features = dict[str, float]
 widest cross-section that lies on a face of the image), and for each modality, over brain voxels,
 "grain/t1" (0 smooth, 1 white noise), "skew/t1", "peak/t1" (99th percentile in standard deviations
 above the mean); "alike/t1-t1ce" is the correlation of two modalities. Of the prediction:
-"tumour_share" of the brain, "tumour_entropy" (0 to 1), "flip_agreement" (Dice)."""
+"tumour_share" of the brain, "tumour_entropy" (0 to 1), "flip_agreement" (Dice), and of each region
+"found_ml/WT", what the network found, and "removed_ml/WT", what post-processing took away of it."""
 
 VOXEL_MM = 0.5, 2.0
 BRAIN_ML = 700.0, 2200.0
@@ -43,7 +44,10 @@ LEAST_AGREEMENT = 0.7
 FEWEST = 5  # subjects of a reference
 FAR = 6.0  # robust standard deviations
 NORMAL = 1.4826  # a normal distribution's standard deviation, in median absolute deviations
-NOT_COMPARED = ("cut", "tumour_share")  # how large tumours are says nothing of the scan
+LARGEST = 1e9  # intensity up to which float32 is wide enough
+MUCH = 0.5  # of what the network found
+# how large tumours are says nothing of the scan
+NOT_COMPARED = ("cut", "tumour_share", "found_ml", "removed_ml")
 
 
 class BadReference(ValueError):
@@ -69,7 +73,7 @@ class Reference:
 
 
 def input_features(scan: Scan) -> Features:
-    """Of a scan that was read for exactly the modalities of the model."""
+    """Of a scan that was read for exactly the modalities of the model; finite, or left out."""
     brain = brain_of(scan)
     features = {f"spacing/{axis}": step for axis, step in zip("xyz", scan.spacing, strict=True)}
     features["brain_ml"] = float(np.count_nonzero(brain) * np.prod(scan.spacing)) / 1000
@@ -79,6 +83,9 @@ def input_features(scan: Scan) -> Features:
     values = {}
     for modality, voxels in scan.images.items():
         volume = voxels[box].astype(np.float32)
+        largest = float(np.abs(volume).max())
+        if largest > LARGEST:  # squares would be infinite; no feature depends on the unit
+            volume /= np.float32(largest)
         inside = volume[brain]
         inside = (inside - inside.mean(dtype=np.float64)) / max(float(inside.std()), 1e-6)
         values[modality] = inside
@@ -88,7 +95,7 @@ def input_features(scan: Scan) -> Features:
         features[f"peak/{modality}"] = float(np.percentile(inside, 99))
     for a, b in itertools.combinations(values, 2):
         features[f"alike/{a}-{b}"] = float((values[a] * values[b]).mean(dtype=np.float64))
-    return features
+    return {name: value for name, value in features.items() if math.isfinite(value)}
 
 
 def prediction_features(
@@ -217,9 +224,16 @@ def _of_the_images(features: Mapping[str, float], found: Collection[str]) -> lis
 
 def _of_the_prediction(features: Mapping[str, float]) -> list[str]:
     share = features.get("tumour_share", 0.0)
+    warnings = _of_the_postprocessing(features)
     if "tumour_share" in features and share == 0:
-        return ["no tumour was found at all; the model has learnt from scans with a tumour only"]
-    warnings = []
+        found, removed = (features.get(f"{kind}_ml/WT", 0.0) for kind in ("found", "removed"))
+        if found == 0:
+            return [
+                "no tumour was found at all; the model has learnt from scans with a tumour only"
+            ]
+        if removed < found:
+            warnings.append("all of the tumour lies where every scan is 0")
+        return warnings
     if share > LARGEST_SHARE:
         warnings.append(f"{share:.0%} of the brain were taken for tumour, which is implausible")
     entropy = features.get("tumour_entropy", 0.0)
@@ -233,6 +247,26 @@ def _of_the_prediction(features: Mapping[str, float]) -> list[str]:
             f"the mirror images of the scan are segmented differently (mean Dice {agreement:.2f})"
         )
     return warnings
+
+
+def _of_the_postprocessing(features: Mapping[str, float]) -> list[str]:
+    """Of the whole tumour what is MUCH; of its parts only what is all, for they are small anyway."""
+    warnings = []
+    for region, words in (("WT", "tumour"), ("TC", "tumour core"), ("ET", "enhancing tumour")):
+        found = features.get(f"found_ml/{region}", 0.0)
+        removed = features.get(f"removed_ml/{region}", 0.0)
+        if found > 0 and removed >= found * (MUCH if region == "WT" else 1):
+            warnings.append(
+                f"post-processing removed {_ml(removed)} of {_ml(found)} ml of {words} that the network "
+                "found; --postprocess none shows it"
+            )
+            if removed == found:
+                break  # hence its parts too
+    return warnings
+
+
+def _ml(volume: float) -> str:
+    return f"{volume:.1f}" if volume >= 1 else f"{volume:.2g}"
 
 
 # ----------------------------------------------------------------------------------- the reference
@@ -251,7 +285,8 @@ def reference_of(subjects: Sequence[Mapping[str, float]], *, model: str, flips: 
     names = [
         name
         for name in subjects[0]
-        if name not in NOT_COMPARED and all(name in features for features in subjects)
+        if name.partition("/")[0] not in NOT_COMPARED
+        and all(name in features for features in subjects)
     ]
     median, deviation = {}, {}
     for name in names:
@@ -295,7 +330,16 @@ _WORDS = {
 
 def save_reference(path: Path, reference: Reference) -> None:
     """Raises OSError if it cannot be written."""
-    write_text_atomically(path, json.dumps(asdict(reference), indent=1) + "\n")
+    document = json.dumps(asdict(reference), indent=1, allow_nan=False)
+    write_text_atomically(path, document + "\n")
+
+
+def is_reference(path: Path) -> bool:
+    """Whether a file reads as a reference, of whatever model."""
+    try:
+        return _read(path) is not None
+    except (BadReference, OSError):
+        return False
 
 
 def load_reference(path: Path, *, model: str, flips: bool) -> Reference:
@@ -305,26 +349,35 @@ def load_reference(path: Path, *, model: str, flips: bool) -> Reference:
         BadReference: it is no such file, or was made with another model or other flips.
         OSError: it cannot be read.
     """
-    again = "write it again with --write-reference"
+    reference = _read(path)
+    values = (*reference.median.values(), *reference.deviation.values())
+    if not all(math.isfinite(v) for v in values) or any(
+        name.partition("/")[0] not in _WORDS for name in reference.median
+    ):
+        raise BadReference(f"{path}: is no reference of this version of fedbrats; {_AGAIN}.")
+    if reference.model != model:
+        raise BadReference(f"{path}: was made with another model; {_AGAIN}.")
+    if reference.flips != flips:
+        how = "with" if reference.flips else "without"
+        raise BadReference(f"{path}: was made {how} flips; do the same here, or {_AGAIN}.")
+    return reference
+
+
+_AGAIN = "write it again with --write-reference"
+
+
+def _read(path: Path) -> Reference:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        reference = Reference(
+        return Reference(
             str(document["model"]),
             bool(document["flips"]),
             int(document["subjects"]),
             {str(name): float(value) for name, value in document["median"].items()},
             {str(name): float(document["deviation"][name]) for name in document["median"]},
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadReference(f"{path}: is no reference of fedbrats; {again}.") from error
-    values = (*reference.median.values(), *reference.deviation.values())
-    if not all(math.isfinite(v) for v in values) or any(
-        name.partition("/")[0] not in _WORDS for name in reference.median
-    ):
-        raise BadReference(f"{path}: is no reference of this version of fedbrats; {again}.")
-    if reference.model != model:
-        raise BadReference(f"{path}: was made with another model; {again}.")
-    if reference.flips != flips:
-        how = "with" if reference.flips else "without"
-        raise BadReference(f"{path}: was made {how} flips; do the same here, or {again}.")
-    return reference
+    except (
+        *(ValueError, KeyError, TypeError, AttributeError),
+        *(OverflowError, RecursionError),  # a number without end, lists within lists
+    ) as error:
+        raise BadReference(f"{path}: is no reference of fedbrats; {_AGAIN}.") from error

@@ -16,6 +16,8 @@ from scipy import ndimage
 from common.brats import BACKGROUND, ED, ET, NCR, STRUCTURES
 
 TOUCHING = np.ones((3, 3, 3), bool)  # voxels of one component share a corner at least, as in BraTS
+CERTAIN = 0.8  # mean probability of tumour from which a piece is more than a doubtful speck
+SAME = 1 - 1e-6  # 1000 times 0.001 need not be 1: sizes that differ by less are equal
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,9 @@ class PostProcessing:
 
     threshold: the whole tumour is where the probabilities of the three tumour labels sum to this
         or more, instead of where one of them beats the background.
-    opening_mm, closing_mm: radius of the ball by which the whole tumour is opened (bridges and specks
-        go), then closed (gaps are filled).
+    opening_mm, closing_mm: radius of the ball by which the whole tumour is opened (bridges and doubtful
+        specks go), then closed (gaps are filled). Opening trims: a piece narrower than the ball stays as
+        it is if its mean probability of tumour is CERTAIN or more, the largest piece if nothing else does.
     fill_holes: what the whole tumour encloses belongs to it.
     smallest_mm3: pieces smaller than this go, of the whole tumour to background, of the core to ED,
         of the enhancing tumour to NCR; a region's largest piece always stays.
@@ -63,7 +66,7 @@ def postprocess(
         tumour = probabilities[1:].sum(axis=0) >= steps.threshold
         result = np.where(tumour, likeliest, np.uint8(BACKGROUND))
     if steps.opening_mm > 0 or steps.closing_mm > 0 or steps.fill_holes:
-        tumour = _shaped(result != BACKGROUND, spacing, steps)
+        tumour = _shaped(result != BACKGROUND, probabilities, spacing, steps)
         result[~tumour] = BACKGROUND
         new = tumour & (result == BACKGROUND)
         result[new] = likeliest[new]
@@ -74,12 +77,30 @@ def postprocess(
             result[_small_pieces(mask, steps.smallest_mm3 / voxel)] = instead
     if steps.tiny_et_mm3 > 0:
         enhancing = result == ET
-        if np.count_nonzero(enhancing) * voxel < steps.tiny_et_mm3:
+        if np.count_nonzero(enhancing) * voxel < steps.tiny_et_mm3 * SAME:
             result[enhancing] = NCR
     return result
 
 
-def _shaped(tumour: np.ndarray, spacing: Sequence[float], steps: PostProcessing) -> np.ndarray:
+def in_words(steps: PostProcessing) -> str:
+    """Every step that does something, in the order in which they are done; empty without any."""
+    said = [
+        (steps.threshold is not None, f"threshold {steps.threshold}"),
+        (steps.opening_mm > 0, f"opening {steps.opening_mm:g} mm"),
+        (steps.closing_mm > 0, f"closing {steps.closing_mm:g} mm"),
+        (steps.fill_holes, "holes filled"),
+        (steps.smallest_mm3 > 0, f"no pieces under {steps.smallest_mm3:g} mm³"),
+        (steps.tiny_et_mm3 > 0, f"ET under {steps.tiny_et_mm3:g} mm³ in all is NCR"),
+    ]
+    return ", ".join(words for on, words in said if on)
+
+
+def _shaped(
+    tumour: np.ndarray,
+    probabilities: np.ndarray,
+    spacing: Sequence[float],
+    steps: PostProcessing,
+) -> np.ndarray:
     margin = 1 + int(np.ceil(max(steps.opening_mm, steps.closing_mm) / min(spacing)))
     if not tumour.any():
         return tumour
@@ -89,7 +110,8 @@ def _shaped(tumour: np.ndarray, spacing: Sequence[float], steps: PostProcessing)
     # padded, for scipy takes what lies beyond the edge for background when it erodes
     mask = np.pad(tumour[box], margin)
     if steps.opening_mm > 0:
-        mask = ndimage.binary_opening(mask, ball(steps.opening_mm, spacing))
+        certainty = np.pad(1 - probabilities[BACKGROUND][box], margin)
+        mask = _opened(mask, certainty, ball(steps.opening_mm, spacing))
     if steps.closing_mm > 0:
         mask = ndimage.binary_closing(mask, ball(steps.closing_mm, spacing))
     if steps.fill_holes:
@@ -97,6 +119,20 @@ def _shaped(tumour: np.ndarray, spacing: Sequence[float], steps: PostProcessing)
     result = np.zeros_like(tumour)
     result[box] = mask[margin:-margin, margin:-margin, margin:-margin]
     return result
+
+
+def _opened(mask: np.ndarray, certainty: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """The opened mask, and whole what opening would delete though the network is sure of it."""
+    opened: np.ndarray = ndimage.binary_opening(mask, by)
+    pieces, _ = ndimage.label(mask, TOUCHING)
+    sizes = np.bincount(pieces.ravel())
+    stays = np.bincount(pieces.ravel(), opened.ravel()) > 0
+    mean = np.bincount(pieces.ravel(), certainty.ravel()) / np.maximum(sizes, 1)
+    whole = ~stays & (mean >= CERTAIN)
+    whole[0] = False  # no piece, but what is around them
+    if not (stays.any() or whole.any()):
+        whole[1 + int(sizes[1:].argmax())] = True
+    return opened | whole[pieces]
 
 
 def ball(radius_mm: float, spacing: Sequence[float]) -> np.ndarray:
@@ -113,7 +149,7 @@ def _small_pieces(mask: np.ndarray, voxels: float) -> np.ndarray:
     """Where the connected pieces of fewer than so many voxels lie, the largest of all excepted."""
     pieces, _ = ndimage.label(mask, TOUCHING)
     sizes = np.bincount(pieces.ravel())
-    small = sizes < voxels
+    small = sizes < voxels * SAME
     small[0] = False  # no piece, but what is around them
     if len(sizes) > 1:
         small[1 + int(sizes[1:].argmax())] = False

@@ -25,10 +25,12 @@ from client.familiarity import (
     prediction_features,
 )
 from client.flips import flipped_scores
-from client.nifti_output import save_labels, save_map
+from client.nifti_output import labels_file, map_file
 from client.postprocessing import RECOMMENDED, PostProcessing, postprocess
 from common.brats import BACKGROUND, N_CLASSES, STRUCTURES
 from common.config import FederationConfig
+from common.files import write_together
+from common.metrics import REGIONS
 from common.model import network_for
 from common.weights import BadWeights, check_update, load_weights
 from sites.checks import examine
@@ -73,7 +75,7 @@ class Prediction:
     entropy: float32, of those probabilities; 0 sure, 1 all four equally likely (entropy / ln 4),
         or None.
     spacing: mm; affine: 4x4, RAS voxel -> mm; file_affine: 4x4, the files' own voxel -> mm.
-    volumes_ml: of each of `common.brats.STRUCTURES`.
+    volumes_ml: of each of `common.brats.STRUCTURES`; found_ml: the same before post-processing.
     tumour_entropy: mean entropy inside the predicted whole tumour; None if there is none.
     flip_agreement: mean Dice of the mirror images' whole tumours with the result's; None without flips.
     features: what the warnings were decided from (`client.familiarity`).
@@ -90,6 +92,7 @@ class Prediction:
     affine: np.ndarray
     file_affine: np.ndarray
     volumes_ml: dict[str, float]
+    found_ml: dict[str, float]
     tumour_entropy: float | None
     flip_agreement: float | None
     features: Features
@@ -103,11 +106,15 @@ class Segmented:
 
     labels: uint8 system labels after post-processing.
     probabilities: float32 (4, X, Y, Z) of the system labels before it.
+    found, removed: voxels of each of `common.brats.STRUCTURES` before it, and those of them that it
+        took away.
     flip_agreement: as in `Prediction`.
     """
 
     labels: np.ndarray
     probabilities: np.ndarray
+    found: dict[str, int]
+    removed: dict[str, int]
     flip_agreement: float | None
 
 
@@ -131,7 +138,9 @@ def load_model(path: Path) -> Model:
         here = here.model_copy(update={"precision": "auto"})
     use_threads(here)
     device = best_device()
-    return Model(network.to(device), config.model_copy(update={"training": here}), device)
+    # as in training, so that labels are equal to the voxel in bf16 too; and convolutions are faster
+    network = network.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    return Model(network, config.model_copy(update={"training": here}), device)
 
 
 def segment(
@@ -167,9 +176,13 @@ def segment(
     codes = {finding.code for finding in findings}
     labels = _in_whole_image(labels, geometry, BACKGROUND)
     inside = int(np.count_nonzero(brain & (labels != BACKGROUND)))
+    found_ml = {name: count * millilitres for name, count in segmented.found.items()}
     features = input_features(scan) | prediction_features(
         inside, int(np.count_nonzero(brain)), tumour_entropy, segmented.flip_agreement
     )
+    for region in REGIONS:
+        features[f"found_ml/{region}"] = found_ml[region]
+        features[f"removed_ml/{region}"] = segmented.removed[region] * millilitres
     return Prediction(
         subject=subject.id,
         labels=labels,
@@ -185,6 +198,7 @@ def segment(
             name: float(np.isin(labels, members).sum()) * millilitres
             for name, members in STRUCTURES.items()
         },
+        found_ml=found_ml,
         tumour_entropy=tumour_entropy,
         flip_agreement=segmented.flip_agreement,
         features=features,
@@ -203,10 +217,15 @@ def segment_image(
     """
     scores, agreement = _scores(model, image, options.flips)
     own = own_scores(scores, geometry)
-    labels = best_class(own)
+    bare = best_class(own)
     probabilities = torch.softmax(own, dim=0).cpu().numpy()
-    labels = postprocess(labels, probabilities, geometry.spacing, options.postprocess)
-    return Segmented(labels, probabilities, agreement)
+    labels = postprocess(bare, probabilities, geometry.spacing, options.postprocess)
+    found, removed = {}, {}
+    for name, members in STRUCTURES.items():
+        before = np.isin(bare, members)
+        found[name] = int(np.count_nonzero(before))
+        removed[name] = int(np.count_nonzero(before & ~np.isin(labels, members)))
+    return Segmented(labels, probabilities, found, removed, agreement)
 
 
 def normalised_entropy(probabilities: np.ndarray) -> np.ndarray:
@@ -221,20 +240,25 @@ def save(prediction: Prediction, labels: Path) -> list[Path]:
     """Write the labels to `labels` (.nii or .nii.gz), and the maps that were kept beside it.
 
     Raises:
-        OSError: a file cannot be written.
+        OSError: a file cannot be written, which `filename` names; nothing has changed then.
     """
     place = prediction.affine, prediction.file_affine
-    save_labels(labels, prediction.labels, *place)
     probabilities, entropy = map_paths(labels)
-    written = [labels]
+    files = {labels: labels_file(labels, prediction.labels, *place)}
     if prediction.probabilities is not None:
-        about = "fedbrats probabilities: background, NCR, ED, ET"
-        save_map(probabilities, prediction.probabilities, *place, about)
-        written.append(probabilities)
+        about = "probabilities: background, NCR, ED, ET"
+        files[probabilities] = map_file(probabilities, prediction.probabilities, *place, about)
     if prediction.entropy is not None:
-        save_map(entropy, prediction.entropy, *place, "fedbrats entropy, 0 sure to 1")
-        written.append(entropy)
-    return written
+        files[entropy] = map_file(entropy, prediction.entropy, *place, "entropy, 0 sure to 1")
+    write_together(files)
+    return list(files)
+
+
+def written_by(options: Options, labels: Path) -> list[Path]:
+    """The files that `save` will write for these options."""
+    probabilities, entropy = map_paths(labels)
+    maps = [(options.probabilities, probabilities), (options.uncertainty, entropy)]
+    return [labels, *(path for wanted, path in maps if wanted)]
 
 
 def map_paths(labels: Path) -> tuple[Path, Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from client.prediction_folder import Job
     from client.prediction_summary import Summary
     from sites.finding import Finding
-    from sites.subject import Discovery
+    from sites.subject import Discovery, Subject
 
 NAME = "fed-client"
 SUFFIXES = (".nii", ".nii.gz")
@@ -127,6 +128,8 @@ def predict(
         raise typer.BadParameter(
             "goes with a folder of subjects and a folder OUT.", param_hint="--write-reference"
         )
+    if write_reference is not None:
+        _check_place_of_reference(write_reference)
     if out.name.endswith(DICOM_SEG) and (probabilities or uncertainty):
         raise typer.BadParameter(
             "maps are NIfTI files beside OUT; give OUT as .nii.gz.", param_hint="OUT"
@@ -222,6 +225,19 @@ def _is_one_file(out: Path) -> bool:
     return False
 
 
+def _check_place_of_reference(path: Path) -> None:
+    """Before the work rather than after it."""
+    from client.familiarity import is_reference
+
+    if not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{path.parent} is no folder.", param_hint="--write-reference")
+    if path.exists() and not is_reference(path):
+        raise typer.BadParameter(
+            f"{path} is there and no reference; choose another name.",
+            param_hint="--write-reference",
+        )
+
+
 def chosen_steps(preset: str, overrides: Mapping[str, Any] | None = None) -> PostProcessing:
     """The post-processing of that name, with the single steps that are not None in place of its own."""
     from dataclasses import replace
@@ -233,6 +249,9 @@ def chosen_steps(preset: str, overrides: Mapping[str, Any] | None = None) -> Pos
             f"{preset!r} is not one of {', '.join(PRESETS)}.", param_hint="--postprocess"
         )
     given = {name: value for name, value in (overrides or {}).items() if value is not None}
+    for name, value in given.items():
+        if not math.isfinite(value):  # nan passes the limits of an option, inf some
+            raise typer.BadParameter("is no number.", param_hint="--" + name.replace("_", "-"))
     return replace(PRESETS[preset], **given)
 
 
@@ -248,6 +267,7 @@ def _one(
     from client.prediction import RESEARCH_ONLY, save, segment
     from client.prediction_folder import model_words, refuse_clashes, too_large
     from client.prediction_summary import in_words, summary_of
+    from common.files import remove_leftovers
 
     if len(discovery.subjects) > 1:
         complain(
@@ -262,6 +282,8 @@ def _one(
     if discovery.subjects:
         subject = discovery.subjects[0]
         refuse_clashes([subject], [out])
+        for path in _outputs_to_replace(job, subject, out):
+            remove_leftovers(path)
         try:
             prediction, found = segment(job.model, subject, job.options, job.reference)
         except MemoryError:
@@ -276,7 +298,7 @@ def _one(
                 else:
                     written = save(prediction, out)
             except OSError as error:
-                complain(NAME, f"{out} cannot be written: {error.strerror}.")
+                complain(NAME, f"{error.filename or out} cannot be written: {error.strerror}.")
                 raise typer.Exit(FAILED) from None
     summary = None if prediction is None else summary_of(prediction)
     if as_json:
@@ -289,16 +311,33 @@ def _one(
             **(summary or {}),
             "findings": [finding.as_dict() for finding in findings],
         }
-        print(json.dumps(document, indent=2))
+        print(json.dumps(document, indent=2, allow_nan=False))
     else:
         print_findings(findings)
     if summary is None:
-        complain(NAME, f"{folder} cannot be segmented; nothing was written.")
+        there = f" {out}, which is there, is of an earlier call." if out.exists() else ""
+        complain(NAME, f"{folder} cannot be segmented; nothing was written.{there}")
         raise typer.Exit(FAILED)
     if not as_json:
         for warning in summary["warnings"]:
             print(f"warning: {printable(warning)}.")
         print(f"{printable(str(out))}: {in_words(summary)}. {RESEARCH_ONLY}")
+
+
+def _outputs_to_replace(job: Job, subject: Subject, out: Path) -> list[Path]:
+    """The files that will be written. Raises Clash: one is there and is not ours to replace."""
+    from client.dicom_seg import is_own
+    from client.prediction import written_by
+    from client.prediction_folder import Clash, not_to_replace
+
+    if out.name.endswith(DICOM_SEG):
+        if out.exists() and not is_own(out):
+            raise Clash(f"{out} is there and no DICOM-SEG of fedbrats; choose another OUT.")
+        return [out]
+    outputs = written_by(job.options, out)
+    for finding in not_to_replace(subject, outputs):
+        raise Clash(f"{out.with_name(finding.file)} {finding.what}. {finding.remedy}")
+    return outputs
 
 
 def _all(
@@ -309,7 +348,7 @@ def _all(
     write_reference: Path | None,
     as_json: bool,
 ) -> None:
-    from client.familiarity import reference_of, save_reference
+    from client.familiarity import BadReference, reference_of, save_reference
     from client.prediction import RESEARCH_ONLY
     from client.prediction_folder import segment_all
 
@@ -323,10 +362,16 @@ def _all(
         raise typer.Exit(FAILED)
     summaries = segment_all(job, discovery.subjects, unusable, out)
     done = [summary for summary in summaries if summary["files"]]
+    no_reference = ""
     if write_reference is not None:
         features = [summary["features"] for summary in done]
-        made = reference_of(features, model=job.model_sha256, flips=job.options.flips)
-        save_reference(write_reference, made)
+        try:
+            made = reference_of(features, model=job.model_sha256, flips=job.options.flips)
+            save_reference(write_reference, made)
+        except BadReference as error:
+            no_reference = f"{write_reference} was not written: {error}"
+        except OSError as error:
+            no_reference = f"{write_reference} cannot be written: {error.strerror}."
     if as_json:
         document = {
             "note": RESEARCH_ONLY,
@@ -334,7 +379,7 @@ def _all(
             "subjects": summaries,
             "findings": [finding.as_dict() for finding in of_no_subject],
         }
-        print(json.dumps(document, indent=2))
+        print(json.dumps(document, indent=2, allow_nan=False))
     else:
         _print_findings(of_no_subject, summaries)
         _print_table(summaries)
@@ -343,7 +388,10 @@ def _all(
             f"{printable(str(out))}: {many(len(done), 'subject')} segmented, "
             f"{len(summaries) - len(done)} not, {warned} with warnings. {RESEARCH_ONLY}"
         )
-    if len(done) < len(summaries) or any(f.severity == "error" for f in of_no_subject):
+    if no_reference:
+        complain(NAME, no_reference)
+    errors = [f for f in of_no_subject if f.severity == "error"]
+    if no_reference or errors or len(done) < len(summaries):
         raise typer.Exit(FAILED)
 
 

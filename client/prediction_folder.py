@@ -2,12 +2,14 @@
 
 The folder holds for each subject ID.nii.gz and the maps asked for (`client.prediction.save`), and
 predictions.json and predictions.csv of them all. The list is written after the files of each subject,
-and names their sha256: a kill loses the subject in progress at most, and a file that was changed,
-removed or made by another model, with other options or from other scans is made anew.
+and names their sha256: a kill loses the subject in progress at most, and a file that was removed or
+made by another model, with other options or from other scans is made anew. A file that a person has
+changed since, or that another program wrote, is kept, and its subject is not segmented.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -16,14 +18,24 @@ from pathlib import Path
 from typing import Any
 
 from client.familiarity import Reference, judge
-from client.prediction import RESEARCH_ONLY, Model, Options, map_paths, save, segment
+from client.nifti_output import is_as_written
+from client.prediction import (
+    RESEARCH_ONLY,
+    Model,
+    Options,
+    map_paths,
+    save,
+    segment,
+    written_by,
+)
 from client.prediction_summary import Summary, as_csv, summary_of
 from common.code_hash import code_hash
+from common.console import DISK_FULL
 from common.files import locked, write_text_atomically
 from common.progress import track
 from common.weights import file_sha256
 from sites.finding import Finding
-from sites.subject import Subject
+from sites.subject import SEGMENTATION, Subject, role_of
 
 TOO_LARGE = Finding(
     site="",
@@ -37,7 +49,7 @@ TOO_LARGE = Finding(
 
 
 class Clash(ValueError):
-    """A file to write is a scan, or two subjects would write it; the text says which."""
+    """A file to write is a scan, would be taken for one, or is not ours; or two subjects would write it."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +81,36 @@ def refuse_clashes(subjects: Sequence[Subject], outputs: Sequence[Path]) -> None
             place = str(path.resolve()).casefold()
             if place in scans:
                 raise Clash(f"{path} would replace a scan; choose another OUT.")
+            if taken_for := role_of(path.name, path.absolute().parent.name):
+                what = "true labels" if taken_for[1] == SEGMENTATION else f"a {taken_for[1]} scan"
+                raise Clash(
+                    f"{path} has the name of a patient's {what}, for which it would be taken; "
+                    "choose another name."
+                )
             if place in owner:
                 raise Clash(
                     f"the subjects {owner[place]} and {subject.id} would both write {path}; "
                     "segment them into two folders."
                 )
             owner[place] = subject.id
+
+
+def not_to_replace(subject: Subject, outputs: Sequence[Path]) -> list[Finding]:
+    """The files among `outputs` that are there and not as fedbrats wrote them."""
+    return [
+        Finding(
+            site="",
+            subject=subject.id,
+            file=path.name,
+            severity="error",
+            code="not-replaced",
+            what="was changed since it was written, or not written by this program; it is kept, and the "
+            "subject was not segmented",
+            remedy=f"Move {path} to another place, then type the same again.",
+        )
+        for path in outputs
+        if path.exists() and not path.is_dir() and not is_as_written(path)
+    ]
 
 
 def segment_all(
@@ -93,11 +129,12 @@ def segment_all(
     refuse_clashes(subjects, [_labels_of(out, subject) for subject in subjects])
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".predictions.lock"):
-        for left in out.glob(".*.nii.gz.*.tmp"):  # half a file, by a call that was killed
+        for left in _half_written(out):  # by a call that was killed
             left.unlink()
         entries = _read_list(out)
         for finding in unusable:
             _replace(entries, out, _failed(finding.subject, unusable))
+        _write_list(entries, out)
         for subject in track(subjects, "segmenting", len(subjects), "subjects"):
             identity = _identity(job, subject)
             before = entries.get(subject.id)
@@ -107,10 +144,14 @@ def segment_all(
                 entries[subject.id] = before | {
                     "warnings": judge(before["features"], codes, job.reference)
                 }
+            elif kept := not_to_replace(subject, written_by(job.options, _labels_of(out, subject))):
+                entries[subject.id] = _failed(subject.id, kept) | {
+                    "earlier_files": _files_of(before),
+                    "scans": {} if before is None else before.get("scans", {}),
+                }
             else:
-                _replace(entries, out, _done(job, subject, identity, out))
+                _replace(entries, out, _done(job, subject, identity, before, out))
             _write_list(entries, out)
-        _write_list(entries, out)
     wanted = {subject.id for subject in subjects} | {finding.subject for finding in unusable}
     return [entries[subject] for subject in sorted(wanted)]
 
@@ -119,20 +160,55 @@ def model_words(job: Job) -> Summary:
     return {"sha256": job.model_sha256, "federation": job.model.config.name}
 
 
-def _done(job: Job, subject: Subject, identity: str, out: Path) -> Summary:
+def _done(job: Job, subject: Subject, identity: str, before: Summary | None, out: Path) -> Summary:
     try:
         prediction, findings = segment(job.model, subject, job.options, job.reference)
     except MemoryError:
         return _failed(subject.id, [too_large(subject)])
     if prediction is None:
         return _failed(subject.id, findings)
-    files = save(prediction, _labels_of(out, subject))
-    return summary_of(prediction) | {
+    labels = _labels_of(out, subject)
+    try:
+        files = save(prediction, labels)
+    except OSError as error:
+        if error.errno in DISK_FULL:  # the others would not fit either
+            raise
+        return _failed(subject.id, [_not_written(subject, error, labels)])
+    summary = summary_of(prediction)
+    scans = _scans(subject)
+    if before is not None and _files_of(before) and before.get("scans", scans) != scans:
+        summary["findings"].append(_other_scans(subject, labels).as_dict())
+    return summary | {
         "model": model_words(job),
         "options": asdict(job.options),
         "files": {path.name: file_sha256(path) for path in files},
+        "scans": scans,
         "made_by": identity,
     }
+
+
+def _not_written(subject: Subject, error: OSError, labels: Path) -> Finding:
+    return Finding(
+        site="",
+        subject=subject.id,
+        file=Path(error.filename or labels).name,
+        severity="error",
+        code="not-written",
+        what=f"cannot be written ({error.strerror})",
+        remedy="See to what is in its place and to the rights there, then type the same again.",
+    )
+
+
+def _other_scans(subject: Subject, labels: Path) -> Finding:
+    return Finding(
+        site="",
+        subject=subject.id,
+        file=labels.name,
+        severity="warning",
+        code="other-scans",
+        what="was made anew, for an earlier call had made it from other scans under this id",
+        remedy="If these are two patients, give each folder of patients an OUT of its own.",
+    )
 
 
 def too_large(subject: Subject) -> Finding:
@@ -150,26 +226,34 @@ def _labels_of(out: Path, subject: Subject) -> Path:
 
 def _identity(job: Job, subject: Subject) -> str:
     """A hash of all that decides a subject's files: code, model, options and scans."""
-    scans = {role: file_sha256(path) for role, path in _readable(subject).items()}
     document = {
         "code": code_hash(),
         "model": job.model_sha256,
         "options": asdict(job.options),
-        "scans": scans,
+        "scans": _scans(subject),
     }
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
-def _readable(subject: Subject) -> dict[str, Path]:
-    """A scan that cannot be opened is for the subject's checks to report."""
-    found = {}
-    for modality, path in subject.images.items():
-        try:
-            path.open("rb").close()
-        except OSError:
-            continue
-        found[modality] = path
+def _scans(subject: Subject) -> dict[str, list[str]]:
+    """The sha256 of each modality's file and of its duplicates, with which the checks compare it.
+
+    A scan that cannot be opened is for the subject's checks to report."""
+    found: dict[str, list[str]] = {}
+    for modality, image in subject.images.items():
+        for path in (image, *subject.duplicates.get(modality, ())):
+            with contextlib.suppress(OSError):
+                found.setdefault(modality, []).append(file_sha256(path))
     return found
+
+
+def _files_of(entry: Summary | None) -> dict[str, str]:
+    return {} if entry is None else entry["files"] or entry.get("earlier_files", {})
+
+
+def _half_written(out: Path) -> list[Path]:
+    patterns = (".*.nii.gz.*.tmp", ".predictions.json.*.tmp", ".predictions.csv.*.tmp")
+    return [path for pattern in patterns for path in out.glob(pattern)]
 
 
 def _intact(entry: Summary, out: Path) -> bool:
@@ -183,9 +267,9 @@ def _intact(entry: Summary, out: Path) -> bool:
 
 def _replace(entries: dict[str, Summary], out: Path, entry: Summary) -> None:
     """Files of an earlier call that belong to the subject no longer go: they would mislead."""
-    before = entries.get(entry["subject"], {"files": {}})
-    for name in set(before["files"]) - set(entry["files"]):
-        if _intact({"files": {name: before["files"][name]}}, out):
+    before = _files_of(entries.get(entry["subject"]))
+    for name in set(before) - set(entry["files"]):
+        if _intact({"files": {name: before[name]}}, out):
             (out / name).unlink()
     entries[entry["subject"]] = entry
 
@@ -196,7 +280,7 @@ def _read_list(out: Path) -> dict[str, Summary]:
         document: Any = json.loads((out / "predictions.json").read_text(encoding="utf-8"))
         entries = {entry["subject"]: entry for entry in document["subjects"]}
         for entry in entries.values():
-            names = dict(entry["files"])
+            names = dict(_files_of(entry))
             if any(Path(name).name != name for name in names) or "findings" not in entry:
                 return {}
     except (OSError, ValueError, KeyError, TypeError):
@@ -207,5 +291,7 @@ def _read_list(out: Path) -> dict[str, Summary]:
 def _write_list(entries: dict[str, Summary], out: Path) -> None:
     ordered = [entries[subject] for subject in sorted(entries)]
     document = {"note": RESEARCH_ONLY, "subjects": ordered}
-    write_text_atomically(out / "predictions.json", json.dumps(document, indent=1) + "\n")
+    write_text_atomically(
+        out / "predictions.json", json.dumps(document, indent=1, allow_nan=False) + "\n"
+    )
     write_text_atomically(out / "predictions.csv", as_csv(ordered))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from client.location import describe
+from client.postprocessing import PostProcessing
+from client.postprocessing import in_words as steps_in_words
 from client.prediction import Prediction
 from common.brats import BACKGROUND, STRUCTURES
 from common.csv_cells import csv_cell
@@ -21,6 +23,7 @@ def summary_of(prediction: Prediction) -> Summary:
     return {
         "subject": prediction.subject,
         "millilitres": prediction.volumes_ml,
+        "millilitres_before_postprocessing": prediction.found_ml,
         "tumour_entropy": prediction.tumour_entropy,
         "flip_agreement": prediction.flip_agreement,
         "location": location_of(prediction),
@@ -54,7 +57,16 @@ def as_csv(summaries: Sequence[Summary]) -> str:
     table = csv.writer(text, lineterminator="\n")
     columns = ("tumour_entropy", "flip_agreement")
     table.writerow(
-        ["subject", *(f"{n}_ml" for n in STRUCTURES), *columns, "location", "warnings", "errors"]
+        [
+            "subject",
+            *(f"{n}_ml" for n in STRUCTURES),
+            *columns,
+            "location",
+            "warnings",
+            "errors",
+            "model",
+            "options",
+        ]
     )
     for summary in summaries:
         volumes = summary.get("millilitres") or {}
@@ -72,6 +84,14 @@ def as_csv(summaries: Sequence[Summary]) -> str:
                 csv_cell(str(location.get("text", ""))),
                 csv_cell("; ".join(summary.get("warnings", []))),
                 csv_cell("; ".join(errors)),
+                csv_cell(str(summary.get("model", {}).get("sha256", ""))[:12]),
+                csv_cell(options_in_words(summary["options"]) if "options" in summary else ""),
             ]
         )
     return text.getvalue()
+
+
+def options_in_words(options: Mapping[str, Any]) -> str:
+    """How a subject's labels were made; `options` is `client.prediction.Options` as a dictionary."""
+    steps = steps_in_words(PostProcessing(**options["postprocess"])) or "no post-processing"
+    return f"flips, {steps}" if options["flips"] else steps

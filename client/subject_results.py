@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import torch
 
 from client.evaluation import predict
-from client.postprocessing import NONE, PostProcessing
+from client.postprocessing import NONE, in_words
 from client.prediction import Model, Options, segment_image
 from common.brats import BACKGROUND, STRUCTURES
 from common.evaluation_document import EvaluationError
@@ -61,12 +60,9 @@ def is_plain(options: Options) -> bool:
 
 def plain_segmenter(model: Model) -> Segmenter:
     """One pass of the network, as in the rounds of a federation."""
-    # as in training: convolutions over channels-last volumes are the fast ones
-    network = model.network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    fast = replace(model, network=network)
 
     def segment(subject: CachedSubject) -> np.ndarray:
-        return predict(fast.network, subject.image(), subject.geometry, fast.config, fast.device)
+        return predict(model.network, subject.image(), subject.geometry, model.config, model.device)
 
     return segment
 
@@ -91,7 +87,7 @@ def segmentation_remarks(options: Options) -> list[str]:
     """What a reader must know of an evaluation that is not plain, in words."""
     if is_plain(options):
         return []
-    steps = _in_words(options.postprocess)
+    steps = in_words(options.postprocess)
     flips = "the mean of the 8 mirror images" if options.flips else "no mirror images"
     after = f"post-processing ({steps})" if steps else "no post-processing"
     remark = (
@@ -99,18 +95,6 @@ def segmentation_remarks(options: Options) -> list[str]:
         "network's labels as they are."
     )
     return [remark]
-
-
-def _in_words(steps: PostProcessing) -> str:
-    said = [
-        (steps.threshold is not None, f"threshold {steps.threshold}"),
-        (steps.opening_mm > 0, f"opening {steps.opening_mm:g} mm"),
-        (steps.closing_mm > 0, f"closing {steps.closing_mm:g} mm"),
-        (steps.fill_holes, "holes filled"),
-        (steps.smallest_mm3 > 0, f"no pieces under {steps.smallest_mm3:g} mm³"),
-        (steps.tiny_et_mm3 > 0, f"ET under {steps.tiny_et_mm3:g} mm³ in all is NCR"),
-    ]
-    return ", ".join(words for on, words in said if on)
 
 
 def subject_result(

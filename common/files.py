@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import glob
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 LOOKS = 10  # before a lock is said to be held
@@ -38,6 +40,62 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, private: bool
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Write all files, or none: each is whole on the disk before the first takes its name.
+
+    Raises:
+        OSError: one cannot be written, which `filename` names; every file is then as it was before.
+    """
+    waiting = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+    try:
+        for path, content in files.items():
+            with _blaming(path):
+                if path.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                waiting[path].unlink(missing_ok=True)  # as in `write_atomically`
+            with _blaming(path), waiting[path].open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in waiting.items():
+            with _blaming(path):
+                temporary.replace(path)
+    finally:
+        for temporary in waiting.values():
+            temporary.unlink(missing_ok=True)
+    for folder in {path.parent for path in files}:
+        sync_folder(folder)
+
+
+@contextlib.contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """An error names the file that a person knows, not the temporary one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed left of `path`; those still running are left alone."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        number = left.name.split(".")[-2]
+        if number.isdecimal() and not _runs(int(number)):
+            with contextlib.suppress(OSError):
+                left.unlink()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -144,6 +144,27 @@ def test_signs_in_the_prediction_are_judged():
     assert "mirror images" in said(100, 1000, 0.2, 0.4)
 
 
+def test_what_post_processing_took_away_is_said_and_not_that_there_was_nothing():
+    ordinary = {f"spacing/{axis}": 1.0 for axis in "xyz"} | {"brain_ml": 1400.0, "cut": 0.0}
+
+    def said(left: int, found: float, removed: float, **more: float) -> list[str]:
+        volumes = {"found_ml/WT": found, "removed_ml/WT": removed}
+        more = {name.replace("_ml_", "_ml/"): value for name, value in more.items()}
+        return judge(ordinary | prediction_features(left, 1000, None, None) | volumes | more)
+
+    (all_gone,) = said(0, 0.812, 0.812, found_ml_ET=0.2, removed_ml_ET=0.2)
+    assert "post-processing removed 0.81 of 0.81 ml of tumour" in all_gone
+    (much,) = said(100, 12.0, 8.0)
+    assert "removed 8.0 of 12.0 ml of tumour" in much
+    assert said(100, 12.0, 2.0, found_ml_ET=1.0, removed_ml_ET=0.9) == []
+    (part,) = said(100, 12.0, 0.0, found_ml_ET=0.008, removed_ml_ET=0.008)
+    assert "removed 0.008 of 0.008 ml of enhancing tumour" in part
+    (outside,) = said(0, 12.0, 1.0)
+    assert "where every scan is 0" in outside
+    (nothing,) = said(0, 0.0, 0.0)
+    assert "no tumour was found" in nothing
+
+
 def test_grain_is_1_for_white_noise_and_small_for_a_smooth_image(scans):
     shape = scans[0].images["t1"].shape
     ramp = np.broadcast_to(np.arange(1, shape[0] + 1)[:, None, None], shape)
@@ -168,6 +189,25 @@ def test_a_reference_is_median_and_deviation_and_outliers_are_named():
     (warning,) = judge(grid | {"grain/t1": 0.64}, (), made)
     assert "grain of t1 is 0.64" in warning
     assert "7 subjects" in warning
+
+
+def test_intensities_near_the_end_of_float32_are_judged_as_others_are(scans):
+    scan = scans[0]
+    huge = {m: v.astype(np.float32) * np.float32(1e33) for m, v in scan.images.items()}
+    with np.errstate(all="raise"):
+        features = input_features(changed(scan, **huge))
+    usual = input_features(scan)
+    assert features.keys() == usual.keys()
+    for name, value in usual.items():
+        assert features[name] == pytest.approx(value, abs=1e-4), name
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"model": "m", "flips": 0, "subjects": 1e999}'])
+def test_a_file_made_to_break_the_reader_is_no_reference(text, tmp_path):
+    path = tmp_path / "reference.json"
+    path.write_text(text)
+    with pytest.raises(BadReference, match="no reference"):
+        load_reference(path, model="m", flips=False)
 
 
 def test_a_reference_is_read_back_and_refused_where_it_does_not_belong(usual, tmp_path):

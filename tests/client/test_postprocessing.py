@@ -154,3 +154,67 @@ def test_an_empty_prediction_stays_empty():
     for preset in PRESETS.values():
         steps = replace(preset, opening_mm=1, closing_mm=2, fill_holes=True)
         assert not postprocess(empty, certain(empty), ONE_MM, steps).any()
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (2, 20, 20), (1, 1, 1)])
+def test_opening_does_not_delete_a_piece_that_the_network_is_sure_of(shape):
+    labels = cube(40, ED, (20, 4, 4), 9)  # opening leaves something of this one
+    labels[tuple(slice(2, 2 + side) for side in shape)] = ET
+    result = done(labels, opening_mm=1)
+    assert (result == ET).sum() == np.prod(shape)
+    assert (result == ED).sum() < (labels == ED).sum()  # its edges are trimmed as before
+
+
+def test_opening_deletes_a_doubtful_speck_unless_it_is_all_there_is():
+    speck = cube(24, ET, (2, 2, 2), 2)
+    sure = cube(24, ED, (12, 12, 12), 7)
+    labels = np.maximum(speck, sure)
+    probabilities = certain(labels)
+    probabilities[:, speck > 0] = np.array([0.3, 0.1, 0.1, 0.5])[:, None]
+    opening = PostProcessing(opening_mm=1)
+    result = postprocess(labels, probabilities, ONE_MM, opening)
+    assert not (result == ET).any()
+    assert (result == ED).any()
+    alone = np.where(sure > 0, np.uint8(0), labels)
+    alone[20, 20, 20] = NCR  # as doubtful, and smaller
+    probabilities = certain(alone)
+    probabilities[:, alone > 0] = np.array([0.3, 0.1, 0.1, 0.5])[:, None]
+    np.testing.assert_array_equal(postprocess(alone, probabilities, ONE_MM, opening), speck)
+
+
+def test_a_probability_of_just_the_threshold_is_tumour():
+    probabilities = np.zeros((4, 2, 1, 1), np.float32)
+    probabilities[0], probabilities[ED] = [[[0.5]], [[0.75]]], [[[0.5]], [[0.25]]]
+    labels = np.zeros((2, 1, 1), np.uint8)
+    result = postprocess(labels, probabilities, ONE_MM, PostProcessing(threshold=0.5))
+    np.testing.assert_array_equal(result.ravel(), [ED, BACKGROUND])
+
+
+def test_small_pieces_go_from_the_whole_tumour_inwards():
+    """The largest piece of a region that stays is the largest of what is left of the region around it."""
+    labels = cube(24, ED, (2, 2, 2), 8)
+    labels[4, 4, 4] = ET  # all the core of the tumour proper
+    labels[18:20, 18:20, 18:20] = ET  # a speck, but the largest core
+    expected = cube(24, ED, (2, 2, 2), 8)
+    expected[4, 4, 4] = ET
+    np.testing.assert_array_equal(done(labels, smallest_mm3=9), expected)
+    labels = cube(24, NCR, (2, 2, 2), 8)
+    labels[4, 4, 4] = ET
+    labels[12:22, 12:22, 12:22] = ED
+    labels[18:20, 18:20, 18:20] = ET  # a small core, but the largest ET
+    expected = labels.copy()
+    expected[18:20, 18:20, 18:20] = ED
+    np.testing.assert_array_equal(done(labels, smallest_mm3=9), expected)
+
+
+@pytest.mark.parametrize("side", [0.1, 0.3, 0.7])
+def test_sizes_that_are_equal_but_for_rounding_are_equal(side):
+    labels = cube(16, ET, (2, 2, 2), 3)
+    labels[8:14, 8:14, 8:14] = NCR
+    size = 27 * side**3
+    spacing = (side,) * 3
+    for volume in (size, size * (1 + 1e-9), np.nextafter(size, 1e9)):
+        np.testing.assert_array_equal(done(labels, spacing, tiny_et_mm3=volume), labels)
+        np.testing.assert_array_equal(done(labels, spacing, smallest_mm3=volume), labels)
+    assert not (done(labels, spacing, tiny_et_mm3=size * 1.001) == ET).any()
+    assert not (done(labels, spacing, smallest_mm3=size * 1.001) == ET).any()

@@ -10,7 +10,7 @@ import pytest
 from nibabel.affines import apply_affine
 from typer.testing import CliRunner
 
-from client.dicom_seg import labels_of
+from client.dicom_seg import is_own, labels_of
 from common.model import initial_weights
 from common.weights import save_weights
 
@@ -75,6 +75,16 @@ def test_a_study_gives_what_the_same_scans_give_as_nifti(model, subject, study, 
     assert places(tmp_path / "dicom.nii.gz") == usual
     assert by_hand(tmp_path / "dicom.dcm") == usual
     assert (tmp_path / "dicom.dcm").stat().st_mode & 0o077 == 0  # it names the patient
+    assert is_own(tmp_path / "dicom.dcm")
+
+
+def test_a_dicom_file_of_somebody_elses_is_not_replaced(model, study, tmp_path):
+    theirs = tmp_path / "scan.dcm"
+    shutil.copy(next((study / "flair").iterdir()), theirs)
+    before = theirs.read_bytes()
+    done = predict(model, study, theirs)
+    assert (done.exit_code, "no DICOM-SEG of fedbrats" in done.stderr) == (1, True)
+    assert theirs.read_bytes() == before
 
 
 def test_wrong_usage_is_said_before_anything_is_written(model, subject, study, tmp_path):

@@ -17,7 +17,7 @@ from scipy.stats import entropy as entropy_of
 from client.evaluation import class_scores
 from client.evaluation import predict as labels_in_box
 from client.flips import flipped_scores
-from client.postprocessing import NONE
+from client.postprocessing import NONE, PostProcessing
 from client.prediction import (
     Model,
     Options,
@@ -25,9 +25,12 @@ from client.prediction import (
     normalised_entropy,
     save,
     segment,
+    segment_image,
 )
+from client.prediction_summary import summary_of
 from common.config import FederationConfig
 from common.model import initial_weights, network_for
+from common.precision import autocast_dtype
 from common.weights import BadWeights, save_weights
 from sites.checks import examine
 from sites.preprocess import prepare, recipe_of
@@ -172,6 +175,53 @@ def test_voxels_come_out_where_the_image_had_them(axes, config, cohort_data, tmp
     assert np.abs(values[true == 2] - [7 / 30, 7 / 30, 0.3, 7 / 30]).max() <= 0.5 / 255 + 1e-6
     of_et = entropy_of([0.1, 0.1, 0.1, 0.7]) / math.log(4)
     assert np.abs(nibabel.load(entropy).get_fdata()[true == 4] - of_et).max() <= 0.5 / 255 + 1e-6
+
+
+def test_a_tumour_that_post_processing_removed_is_not_called_none(config, subject, monkeypatch):
+    import client.prediction as prediction
+
+    def speck(model, image, flips):
+        scores = torch.zeros(4, *image.shape[1:])
+        scores[0] = 1
+        scores[3, 14:18, 14:18, 14:18] = 2.5
+        return scores, None
+
+    monkeypatch.setattr(prediction, "_scores", speck)
+    model = Model(torch.nn.Identity(), config, CPU)
+    kept, _ = segment(model, subject)  # doubtful, but all there is
+    bare, _ = segment(model, subject, BARE)
+    emptied, _ = segment(model, subject, Options(postprocess=PostProcessing(threshold=0.9)))
+    assert kept is not None
+    assert bare is not None
+    assert emptied is not None
+    assert kept.volumes_ml["ET"] > 0
+    assert bare.volumes_ml == bare.found_ml == emptied.found_ml
+    assert emptied.volumes_ml["WT"] == 0
+    said = " ".join(emptied.warnings)
+    assert "post-processing removed" in said
+    assert "no tumour" not in said
+    assert summary_of(emptied)["millilitres_before_postprocessing"]["ET"] == bare.volumes_ml["ET"]
+
+
+@pytest.mark.skipif(autocast_dtype("auto", CPU) is None, reason="needs a CPU that computes in bf16")
+def test_in_bf16_too_the_labels_are_those_that_training_measures(
+    tiny_config, subject, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("client.device.available_cores", lambda: 1)  # other sessions are here too
+    config = tiny_config("training.precision=auto", "network.channels=[16,16,16,16,16]")
+    path = tmp_path / "model.safetensors"
+    of_training = model_of(config).network
+    save_weights(path, of_training.state_dict(), {"config": config.agreed()})
+    of_training = of_training.to(memory_format=torch.channels_last_3d)  # as client.app makes it
+    scan, _ = examine(subject, modalities=config.modalities, require_labels=False)
+    assert scan is not None
+    prepared = prepare(replace(scan, labels=None), recipe_of(config))
+    inside = labels_in_box(of_training, prepared.image, prepared.geometry, config, CPU)
+    model = load_model(path)
+    made = segment_image(model, prepared.image, prepared.geometry, BARE)
+    scores = class_scores(of_training, prepared.image, config, CPU)
+    assert torch.equal(class_scores(model.network, prepared.image, config, CPU), scores)
+    np.testing.assert_array_equal(made.labels, inside)
 
 
 def test_a_model_that_does_not_fit_its_configuration_is_refused(config, tmp_path):

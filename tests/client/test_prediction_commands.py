@@ -119,9 +119,10 @@ def test_a_folder_of_subjects_with_a_bad_one_among_them(model, patients, tmp_pat
 
 def test_a_reference_of_the_hospitals_own_subjects(model, cohort_data, subject, tmp_path):
     out, reference = tmp_path / "out", tmp_path / "reference.json"
-    few = predict(model, subject, out, "--write-reference", reference)
+    few = predict(model, subject, out, "--write-reference", reference, "--json")
     assert few.exit_code == 1
     assert "at least 5" in few.stderr
+    assert json.loads(few.stdout)["subjects"][0]["files"]  # the work is not lost
     several = tmp_path / "several"
     several.mkdir()
     for source in sorted(path for path in cohort_data.iterdir() if path.is_dir())[:6]:
@@ -171,6 +172,12 @@ def test_wrong_usage_is_exit_code_2_and_writes_nothing(model, patients, subject,
         (model, patients, out),
         (model, subject, out, "--postprocess", "best"),
         (model, subject, out, "--threshold", "2"),
+        (model, subject, out, "--threshold", "nan"),
+        (model, subject, out, "--opening-mm", "nan"),
+        (model, subject, out, "--smallest-mm3", "inf"),
+        (model, subject, out, "--tiny-et-mm3", "nan"),
+        (model, patients, tmp_path / "new", "--write-reference", tmp_path / "gone" / "r.json"),
+        (model, patients, tmp_path / "new", "--write-reference", patients),
         (model, subject, out, "--write-reference", tmp_path / "r.json"),
     ):
         done = predict(*arguments)
@@ -185,6 +192,63 @@ def test_a_scan_is_never_written_over(model, subject):
     assert done.exit_code == 1
     assert "would replace a scan" in done.stderr
     assert scan.read_bytes() == before
+
+
+def test_nothing_is_replaced_that_is_not_an_unchanged_file_of_ours(model, subject, tmp_path):
+    """A scan under any name, a map of somebody else's, and labels that were corrected."""
+    out, entropy = tmp_path / "out.nii.gz", tmp_path / "out-entropy.nii.gz"
+    scan = subject / f"{subject.name}_t1.nii.gz"
+    renamed = tmp_path / "scan.nii.gz"
+    shutil.copy(scan, renamed)
+    for place, said in ((scan, "scan"), (renamed, "not written by this program")):
+        before = place.read_bytes()
+        done = predict(model, subject, place)
+        assert (done.exit_code, said in done.stderr) == (1, True), done.output
+        assert place.read_bytes() == before
+    renamed.rename(entropy)
+    assert predict(model, subject, out).exit_code == 0  # no map is asked for
+    assert predict(model, subject, out, "--flips").exit_code == 0  # our own
+    done = predict(model, subject, out, "--uncertainty")
+    assert (done.exit_code, str(entropy) in done.stderr) == (1, True)
+    image = nibabel.load(out)
+    labels = np.asarray(image.dataobj).copy()
+    labels[0, 0, 0] = 4
+    nibabel.save(nibabel.Nifti1Image(labels, image.affine, image.header), out)
+    before = out.read_bytes()
+    done = predict(model, subject, out)
+    assert (done.exit_code, "was changed" in done.stderr) == (1, True)
+    assert out.read_bytes() == before
+
+
+def test_an_older_file_is_said_to_be_older(model, subject, tmp_path):
+    out = tmp_path / "out.nii.gz"
+    (left := tmp_path / f".{out.name}.4194305.tmp").touch()  # above the largest number of a process
+    assert predict(model, subject, out).exit_code == 0
+    assert not left.exists()
+    (subject / f"{subject.name}_t1ce.nii.gz").write_bytes(b"not an image")
+    done = predict(model, subject, out)
+    assert done.exit_code == 1
+    assert f"{out}, which is there, is of an earlier call" in done.stderr
+
+
+def test_a_map_that_cannot_be_written_is_named_and_no_labels_are_left(model, subject, tmp_path):
+    out, entropy = tmp_path / "out.nii.gz", tmp_path / "out-entropy.nii.gz"
+    entropy.mkdir()
+    done = predict(model, subject, out, "--uncertainty")
+    assert (done.exit_code, f"{entropy} cannot be written" in done.stderr) == (1, True)
+    assert {path.name for path in tmp_path.iterdir()} == {"patients", entropy.name}
+
+
+def test_intensities_near_the_end_of_float32_make_no_noise(model, subject, tmp_path, recwarn):
+    for path in subject.glob("*.nii.gz"):
+        image = nibabel.load(path)
+        huge = np.asarray(image.dataobj).astype(np.float32)
+        huge *= 1e36 / huge.max()
+        nibabel.save(nibabel.Nifti1Image(huge, image.affine), path)
+    done = predict(model, subject, tmp_path / "out.nii.gz", "--json")
+    assert done.exit_code == 0, done.output
+    json.loads(done.stdout, parse_constant=lambda name: pytest.fail(name))
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
 
 
 def test_a_wrong_model_is_one_line(subject, tmp_path):

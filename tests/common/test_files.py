@@ -17,8 +17,10 @@ from common.files import (
     ask_to_stop,
     lock_holder,
     locked,
+    remove_leftovers,
     write_atomically,
     write_text_atomically,
+    write_together,
 )
 
 HALF_WRITTEN_THEN_WAITING = """
@@ -245,3 +247,30 @@ def test_nobody_is_stopped_for_an_old_number_in_the_file(tmp_path, started):
     lock.write_text(str(other.pid))
     assert ask_to_stop(lock, 1.0)
     assert other.poll() is None
+
+
+def test_files_are_written_together_or_not_at_all(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_text("old")
+    second.mkdir()
+    with pytest.raises(OSError, match="directory") as caught:
+        write_together({first: b"new", second: b"new"})
+    assert caught.value.filename == str(second)
+    assert first.read_text() == "old"
+    second.rmdir()
+    write_together({first: b"new", second: b"also new"})
+    assert (first.read_bytes(), second.read_bytes()) == (b"new", b"also new")
+    assert {path.name for path in tmp_path.iterdir()} == {"first", "second"}
+
+
+def test_what_a_killed_process_left_goes_and_what_a_running_one_writes_stays(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    path = tmp_path / "out[1].nii"
+    left = tmp_path / f".out[1].nii.{ended.pid}.tmp"
+    others = [tmp_path / f".out[1].nii.{os.getpid()}.tmp", tmp_path / f".out1.nii.{ended.pid}.tmp"]
+    for file in (left, *others):
+        file.touch()
+    remove_leftovers(path)
+    assert not left.exists()
+    assert all(other.exists() for other in others)
