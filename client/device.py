@@ -32,6 +32,12 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def is_full_memory(error: BaseException) -> bool:
+    """Did torch or numpy find too little memory? On a CPU torch says so by its text only."""
+    full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return full or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+
+
 def use_threads(training: Training) -> None:
     """Fix the number of CPU threads, on which the last bits of every sum depend."""
     torch.set_num_threads(training.threads or available_cores())

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from client.device import best_device, use_threads
+from client.device import best_device, is_full_memory, use_threads
 from client.evaluation import class_scores
 from client.familiarity import (
     Features,
@@ -277,8 +277,7 @@ def _scores(model: Model, image: np.ndarray, flips: bool) -> tuple[torch.Tensor,
             return flipped_scores(model.network, image, model.config, model.device)
         return class_scores(model.network, image, model.config, model.device), None
     except RuntimeError as error:  # torch's own are no MemoryErrors
-        full = isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-        if not full:
+        if not is_full_memory(error):
             raise
         raise MemoryError(str(error)) from error
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from client.device import is_full_memory
 from client.evaluation import predict
 from client.postprocessing import NONE, in_words
 from client.prediction import Model, Options, segment_image
@@ -39,19 +40,17 @@ def segmenter_of(model: Model, options: Options) -> Segmenter:
         plain_segmenter(model) if is_plain(options) else segmenter_as_predicted(model, options)
     )
 
-    def in_words(subject: CachedSubject) -> np.ndarray:
+    def failing_in_words(subject: CachedSubject) -> np.ndarray:
         try:
             return segment(subject)
         except (MemoryError, RuntimeError) as error:
-            # torch has no error of its own for the memory of a CPU, as in `client.prediction`
-            told = isinstance(error, MemoryError | torch.OutOfMemoryError)
-            if told or "DefaultCPUAllocator" in str(error):
-                raise EvaluationError(
-                    f"{subject.id} is too large for this machine's memory; move it elsewhere."
-                ) from error
-            raise
+            if not is_full_memory(error):
+                raise
+            raise EvaluationError(
+                f"{subject.id} is too large for this machine's memory; move it elsewhere."
+            ) from error
 
-    return in_words
+    return failing_in_words
 
 
 def is_plain(options: Options) -> bool:
