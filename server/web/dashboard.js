@@ -394,13 +394,16 @@ function heardNow() {
 function silent() {
   lost = true;
   const connection = byId("connection");
-  connection.textContent = `not live since ${new Date(heard).toLocaleTimeString()}`;
+  const since = `not live since ${new Date(heard).toLocaleTimeString()}`;
+  // refused, and not only out of reach: each start of the program has an address of its own
+  const other = source?.readyState === EventSource.CLOSED ? "; started again, it has a new address" : "";
+  connection.textContent = since + other;
   connection.className = "lost";
 }
 
 function connect() {
   source?.close();
-  source = new EventSource("/api/events");
+  source = new EventSource("api/events");
   source.addEventListener("recorded", (event) => {
     heardNow();
     recorded = JSON.parse(event.data);

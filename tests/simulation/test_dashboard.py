@@ -95,7 +95,7 @@ def test_rounds_of_a_run_that_goes_on_appear_without_reload(
             assert complaints(browser) == []
 
 
-def test_a_hostile_name_is_text_and_the_page_works_by_keyboard_and_heals(tmp_path):
+def test_a_hostile_name_is_text_and_the_page_works_by_keyboard_and_heals(tmp_path, monkeypatch):
     run = tmp_path / "run"
     run.mkdir()
     with History(run / "history.sqlite") as history:
@@ -103,6 +103,7 @@ def test_a_hostile_name_is_text_and_the_page_works_by_keyboard_and_heals(tmp_pat
             of = {"a": metrics(dice, dice, dice), HOSTILE: metrics(0.9, 0.6, 0.3)}
             history.record_round(a_round(number, of, *([HOSTILE] if number == 2 else [])))
     token = "secret-token"
+    monkeypatch.setattr("common.local_page.secrets.token_urlsafe", lambda size: "x" * size)
     with contextlib.ExitStack() as stack:
         browser = stack.enter_context(chromium(tmp_path / "profile", width=400, height=800))
         served = stack.enter_context(contextlib.ExitStack())
@@ -139,7 +140,9 @@ def test_a_hostile_name_is_text_and_the_page_works_by_keyboard_and_heals(tmp_pat
         eventually(lambda: "not live since" in words(browser, "#connection"), "the loss")
         with History(run / "history.sqlite") as history:
             history.record_round(a_round(3, {"a": metrics(0.8, 0.8, 0.8)}))
-        place = Place(port=urlsplit(address).port or 0)
+        place = Place(
+            port=urlsplit(address).port or 0, token=token
+        )  # the same, as if a tunnel were back
         with serving_dashboard(run, place):
             eventually(lambda: "round 3" in browser.title, "the new round")
             assert words(browser, "#connection") == "live"
