@@ -10,6 +10,7 @@ import json
 import re
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,10 +83,22 @@ def test_a_new_round_reaches_an_open_page_within_seconds(run):
         assert set(told["live"]) == {"running", "state", "alerts", "sites"}
 
 
+def test_serving_waits_for_no_file_of_the_run(run, monkeypatch):
+    """A federation starts beside it, whatever becomes of its picture."""
+    held = threading.Event()
+    before = dashboard.recorded
+    monkeypatch.setattr(dashboard, "recorded", lambda *of: held.wait(20) and before(*of))
+    begin = time.monotonic()
+    with serving_dashboard(run, Place()) as address, asked(address, "api/events") as answer:
+        assert time.monotonic() - begin < 3
+        held.set()
+        assert json.loads(next_event(answer)[1])["rounds"] == [1]
+
+
 def test_many_pages_cost_one_read(run, monkeypatch):
     reads = []
     before = dashboard.recorded
-    monkeypatch.setattr(dashboard, "recorded", lambda source: reads.append(1) or before(source))
+    monkeypatch.setattr(dashboard, "recorded", lambda *of: reads.append(1) or before(*of))
     with contextlib.ExitStack() as stack:
         address = stack.enter_context(serving_dashboard(run, Place()))
         for _ in range(10):
