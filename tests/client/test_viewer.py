@@ -8,11 +8,13 @@ import hashlib
 import io
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.cookiejar import CookieJar
 from pathlib import Path
@@ -303,6 +305,47 @@ def test_a_file_that_is_too_large_is_refused_before_it_fills_the_disk(
     assert list(private.iterdir()) == []
 
 
+def test_a_small_file_that_unpacks_to_a_huge_one_is_refused_by_its_header(waiting, private):
+    header = nibabel.Nifti1Header()
+    header.set_data_dtype(np.float64)
+    header.set_data_shape((511, 511, 511))
+    header["vox_offset"], header["magic"] = 352, b"n+1"
+    header.set_sform(np.eye(4), 1)
+    with gzip.open(private / "bomb", "wb", 9) as file:
+        file.write(header.binaryblock + bytes(4))
+        for _ in range(8):  # of 1067 MB: the header suffices to refuse it
+            file.write(bytes(2**20))
+    bomb = (private / "bomb").read_bytes() + b"\0" * 1_100_000  # the length of the whole one
+    (private / "bomb").unlink()
+    _, client = waiting
+    begin, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    answer = client.put("/api/upload/t1", content=bomb)
+    assert (answer.status_code, time.monotonic() - begin < 2) == (422, True)
+    assert "voxels are 1067 MB, more than the 400 MB" in answer.json()["problems"][0]["what"]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
+    assert list(private.iterdir()) == []
+
+
+def test_uploads_are_unpacked_one_at_a_time(waiting, folder, monkeypatch):
+    at_once, most = [], []
+    real = viewing.read_volume
+
+    def slowly(*arguments, **named):
+        at_once.append(1)
+        most.append(len(at_once))
+        time.sleep(0.1)
+        at_once.pop()
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(viewing, "read_volume", slowly)
+    _, client = waiting
+    scans = scans_of(folder).items()
+    with ThreadPoolExecutor(4) as pool:
+        put = [pool.submit(client.put, f"/api/upload/{m}", content=scan) for m, scan in scans]
+        assert [one.result().status_code for one in put] == [200] * 4
+    assert most == [1] * 4
+
+
 def test_an_upload_that_breaks_off_leaves_nothing(waiting, private):
     viewing, _ = waiting
     sent = iter(
@@ -347,6 +390,8 @@ def test_one_segmentation_at_a_time(waiting, folder, monkeypatch):
         refused = client.put("/api/upload/t1", content=b"x")
         assert refused.status_code == 409
         assert "running" in refused.json()["problems"][0]["what"]
+        assert client.delete("/api/upload").status_code == 409, "it would delete what is read"
+        assert len(client.get("/api/state").json()["uploads"]) == 4
     finally:
         go_on.set()
     assert until_done(client)["job"]["state"] == "done"
