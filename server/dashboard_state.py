@@ -188,13 +188,20 @@ def _final(history: History) -> Document | None:
     if found is None:
         return None
     number, metrics = found
+    released = history.final_released()
     keys = [f"{metric}/{region}" for metric in ("dice", "iou", "hd95") for region in REGIONS]
+    nothing = SiteMetrics(0, {}, {})
+    told = {site: metrics.get(site, nothing) for site in sorted(metrics.keys() | released.keys())}
     return {
         "round": number,
         "keys": keys,
         "sites": {
-            site: {"n": m.n, "values": [_short(m.means.get(key)) for key in keys]}
-            for site, m in metrics.items()
+            site: {
+                "n": m.n,
+                "values": [_short(m.means.get(key)) for key in keys],
+                "released": plain(released[site]) if site in released else None,
+            }
+            for site, m in told.items()
         },
         "mean": [_short(average(metrics, key, by_subject=False)) for key in keys],
     }

@@ -275,6 +275,18 @@ def test_a_run_is_running_while_its_lock_is_held(run):
     assert told["final"]["sites"]["a"]["values"][6] is None, "HD95 is not defined there"
 
 
+def test_the_final_table_says_which_numbers_are_noised_and_who_withholds_them(run):
+    with History(run / "history.sqlite") as history:
+        of = {"a": metrics(0.8, 0.8, 0.8), HOSTILE: metrics(1.2, 0.9, 0.9)}
+        released = {"b": "withheld", HOSTILE: "noised"}
+        history.record_final(2, of, {"b": "withheld"}, released)
+    final = recorded(Source(run))["final"]
+    told = {site: (about["n"], about["released"]) for site, about in final["sites"].items()}
+    assert told == {"a": (4, None), "b": (0, "withheld"), HOSTILE: (4, "noised")}
+    assert final["sites"]["b"]["values"] == [None] * 9
+    assert final["mean"][0] == 1.0, "over those that told theirs"
+
+
 # ----------------------------------------------------------------------------------- alerts
 
 

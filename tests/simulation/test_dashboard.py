@@ -146,3 +146,36 @@ def test_a_hostile_name_is_text_and_the_page_works_by_keyboard_and_heals(tmp_pat
         with serving_dashboard(run, place):
             eventually(lambda: "round 3" in browser.title, "the new round")
             assert words(browser, "#connection") == "live"
+
+
+def test_final_numbers_that_are_not_exact_are_marked_and_charts_leave_no_hole(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with History(run / "history.sqlite") as history:
+        of = {"a": metrics(0.8, 0.8, 0.8), "b": metrics(0.7, 0.7, 0.7)}
+        for number in (1, 2):
+            history.record_round(a_round(number, of))
+        history.record_final(2, of, {"c": "withheld"}, {"b": "noised", "c": "withheld"})
+    with (
+        serving_dashboard(run, Place()) as address,
+        chromium(tmp_path / "profile", width=1280) as browser,
+    ):
+        browser.get(address)
+        eventually(lambda: drawn(browser) > 500, "curves")
+        ends = [
+            row.find_element(By.CSS_SELECTOR, "td:last-child").text
+            for row in browser.find_elements(By.CSS_SELECTOR, "#final-table tbody tr")
+        ]
+        assert ends == ["4", "4 noised", "withheld", "8"]
+        figures = browser.find_elements(By.CSS_SELECTOR, "#chart-list figure:not([hidden])")
+        assert len(figures) == 3, "nobody states an epsilon"
+        first, second, third = (figure.rect for figure in figures)
+        assert second["x"] > first["x"] + first["width"]
+        whole = second["x"] + second["width"] - first["x"]
+        assert third["width"] == pytest.approx(whole, abs=1)
+        plot = figures[2].find_element(By.CSS_SELECTOR, "canvas").rect
+        eventually(
+            lambda: figures[2].find_element(By.CSS_SELECTOR, "canvas").rect["width"] > whole * 0.9,
+            f"a plot as wide as its place, {plot}",
+        )
+        assert complaints(browser) == []
