@@ -16,12 +16,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 from starlette.staticfiles import StaticFiles
 
-from client.viewing import Busy, Unusable, Viewing, in_words
+from client.viewing import MOST_BYTES, Busy, Unusable, Viewing, in_words
 from common.brats import MODALITIES
 from sites.subject import SEGMENTATION, role_of
 
 WEB = Path(__file__).parent / "web"
-MOST_BYTES = 400 * 10**6  # of one uploaded file; BraTS's are 2 to 4 MB, 18 MB uncompressed
 
 
 def viewer_app(viewing: Viewing) -> FastAPI:
@@ -96,7 +95,10 @@ def viewer_app(viewing: Viewing) -> FastAPI:
 
     @app.delete("/api/upload")
     def forget() -> Response:
-        viewing.forget_uploads()
+        try:
+            viewing.forget_uploads()
+        except Busy:
+            return _busy()
         return Response(status_code=204)
 
     @app.post("/api/segment")

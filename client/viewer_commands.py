@@ -5,13 +5,10 @@ Nothing is sent anywhere. Heavy imports happen inside the command, so that `--he
 
 from __future__ import annotations
 
-import html
 import os
 import signal
-import sys
 import tempfile
 import threading
-import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,7 +54,7 @@ def view(
         from client.prediction import load_model
         from client.viewer import viewer_app
         from client.viewing import Unusable, Viewing
-        from common.local_page import Place, new_token, serving
+        from common.local_page import Place, has_screen, open_in_browser, serving
 
         found = None if subject is None else _only_subject(subject)
         loaded = None if model is None else load_model(model)
@@ -74,11 +71,11 @@ def view(
                     raise typer.Exit(FAILED) from None
                 if loaded is not None:
                     viewing.segment_shown()
-            with serving(viewer_app(viewing), Place(port=port, token=new_token())) as address:
+            with serving(viewer_app(viewing), Place(port=port)) as address:
                 print(address)
                 print(f"Only this machine can open it. Ctrl-C ends it. {NOT_A_DEVICE}", flush=True)
-                if open_page and _has_screen():
-                    _open(address, Path(private))
+                if open_page and has_screen():
+                    open_in_browser(address, Path(private))
                 stop.wait()
         print("Ended; uploaded scans are deleted.", flush=True)
         if viewing.busy:  # torch in a thread would crash an orderly end
@@ -120,18 +117,3 @@ def _asked_to_stop() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _has_screen() -> bool:
-    """Without one, webbrowser may start a text browser in this terminal."""
-    return sys.platform == "darwin" or any(
-        os.environ.get(n) for n in ("DISPLAY", "WAYLAND_DISPLAY")
-    )
-
-
-def _open(address: str, private: Path) -> None:
-    """By way of a private file: every account can read a browser's command line, and the token."""
-    page = private / "open.html"
-    target = html.escape(address)
-    page.write_text(f'<meta http-equiv="refresh" content="0; url={target}">', encoding="utf-8")
-    webbrowser.open(page.as_uri())

@@ -34,6 +34,7 @@ TRUTH, PREDICTION = "truth", "prediction"
 UPLOADED = "uploaded scans"
 LABELS = ("NCR", "ED", "ET")
 GZIP = b"\x1f\x8b"  # what a gzip file begins with
+MOST_BYTES = 400 * 10**6  # of one uploaded file, unpacked; BraTS's are 18 MB, and 2 to 4 packed
 
 
 class Busy(RuntimeError):
@@ -83,6 +84,7 @@ class Viewing:
         """`folder` is private to this program; the caller deletes it."""
         self._folder, self._model, self._model_name = folder, model, model_name
         self._lock = threading.Lock()
+        self._checking = threading.Lock()  # a file at a time: each is unpacked in memory
         self._shown: Shown | None = None
         self._job = Job()
         self._uploads: dict[str, Path] = {}
@@ -144,7 +146,8 @@ class Viewing:
                 self.show(subject)
                 self._segment(subject)
             finally:
-                self.forget_uploads()
+                with self._lock:
+                    self._delete_uploads()
 
         self._begin(work)
 
@@ -170,7 +173,8 @@ class Viewing:
             named = path.with_name(f"{UPLOADED.replace(' ', '-')}_{modality}{suffix}")
             checked = path.rename(path.with_suffix(suffix))
             try:
-                volume = read_volume(checked)
+                with self._checking:
+                    volume = read_volume(checked, most_bytes=MOST_BYTES)
             except VolumeError as problem:
                 raise Unusable([_about(modality, problem)]) from None
             with self._lock:
@@ -185,10 +189,15 @@ class Viewing:
         return {"shape": list(volume.file_shape), "spacing": [round(float(s), 3) for s in spacing]}
 
     def forget_uploads(self) -> None:
+        """Raises Busy: they may be what is segmented, which ends with forgetting them."""
         with self._lock:
-            for path in self._uploads.values():
-                path.unlink(missing_ok=True)
-            self._uploads = {}
+            self._refuse_if_busy()
+            self._delete_uploads()
+
+    def _delete_uploads(self) -> None:
+        for path in self._uploads.values():
+            path.unlink(missing_ok=True)
+        self._uploads = {}
 
     def state(self) -> dict[str, Any]:
         """Everything the page needs but voxels, as plain JSON types."""

@@ -11,13 +11,15 @@ LOG = logging.getLogger("fedbrats")
 
 
 @contextmanager
-def every(seconds: float, action: Callable[[], object]) -> Iterator[None]:
-    """Call `action` in a thread of its own, with pauses; what it raises does not matter to the run."""
+def every(seconds: float, action: Callable[[], object], *, at_once: bool = False) -> Iterator[None]:
+    """Call `action` in a thread of its own, after pauses or `at_once`, too; what it raises does not
+    matter to the run."""
     over = threading.Event()
 
     def repeat() -> None:
-        failing = ""
-        while not over.wait(seconds):
+        failing, first = "", True
+        while not over.wait(0 if at_once and first else seconds):
+            first = False
             try:
                 action()
                 failing = ""

@@ -85,8 +85,10 @@ class Observer:
             text = f"The folder {source.path} is not there (any more)."
             return self._known, {"state": "gone", "alerts": [alert(ERROR, text)], "sites": {}}
         seen = _stamp(source.run.history), _stamp(source.config)
-        if not self._known or seen != self._seen:
-            self._known, self._seen = recorded(source), seen
+        if seen != self._seen:
+            self._known, self._seen = recorded(source, self._known), seen
+            if self._known["unreadable"]:  # perhaps for a moment only, and the file stays as it is
+                self._seen = ()
         known, holder = self._known, lock_holder(source.lock)
         running, status = holder is not None, status_of(source, holder)
         alerts: list[Document] = []
@@ -162,8 +164,8 @@ def dashboard_app(observer: Observer) -> FastAPI:
 
 
 async def stream(observer: Observer) -> AsyncIterator[str]:
-    """`recorded` and `live` at the beginning and when they changed, else `alive` now and then."""
-    sent, last = (-1, -1), 0.0
+    """`recorded` and `live` once they are known and when they changed, else `alive` now and then."""
+    sent, last = (0, 0), 0.0
     while True:
         view = observer.view
         news = []
@@ -187,6 +189,8 @@ def serving_dashboard(path: Path, place: Place) -> Iterator[str]:
         NotServed: as `common.local_page.serving` says.
     """
     observer = Observer(Source(path))
-    observer.look()
-    with every(LOOK_SECONDS, observer.look), serving(dashboard_app(observer), place) as address:
+    with (  # the first look, too, is the thread's: whoever serves this must not wait for a file
+        every(LOOK_SECONDS, observer.look, at_once=True),
+        serving(dashboard_app(observer), place) as address,
+    ):
         yield address

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ Run = Annotated[
     Path,
     typer.Argument(metavar="RUN", help="Folder of a run, or a coordinator's; finished or not."),
 ]
-Host = Annotated[str, typer.Option(help="Local address to serve on; others need a token and TLS.")]
+Host = Annotated[str, typer.Option(help="Local address to serve on; others need TLS.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes a free one.")]
 Insecure = Annotated[
     bool,
@@ -77,29 +78,28 @@ def dashboard_of_run(
 
 
 def _serve(path: Path, host: str, port: int, insecure: bool, open_browser: bool) -> None:
-    from common.local_page import Place, new_token, require_safe
+    from common.local_page import Place, open_in_browser, require_safe
     from server.dashboard import serving_dashboard
     from server.dashboard_state import Source
 
     place = Place(host, port)
-    if not place.is_loopback:
-        source = Source(path)
-        files = source.coordinator.server_certificate, source.coordinator.server_key
-        place = Place(host, port, new_token())
-        if source.is_coordinators and not insecure:
-            from server.certificates import read_certificate
+    source = Source(path)
+    if not place.is_loopback and source.is_coordinators and not insecure:
+        from server.certificates import read_certificate
 
-            place = Place(host, port, place.token, *files, read_certificate(files[0]).hosts[0])
+        files = source.coordinator.server_certificate, source.coordinator.server_key
+        place = Place(host, port, place.token, *files, read_certificate(files[0]).hosts[0])
     require_safe(place, insecure=insecure)
-    with contextlib.suppress(KeyboardInterrupt), serving_dashboard(path, place) as address:
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        tempfile.TemporaryDirectory(prefix="fedbrats-page-", ignore_cleanup_errors=True) as private,
+        serving_dashboard(path, place) as address,
+    ):
         print(f"Dashboard of {path}: {address}", flush=True)
-        if place.token is not None:
-            print("Whoever knows this whole address can look; it changes with every start.")
+        print("Whoever knows this whole address can look; it changes with every start.")
         print("Ctrl-C ends the page, and nothing else.", flush=True)
         if open_browser:
-            import webbrowser
-
-            webbrowser.open(address)
+            open_in_browser(address, Path(private))
         _wait_for_ever()
 
 

@@ -57,10 +57,11 @@ class Source:
         return any(path.exists() for path in (self.config, self.run.history, self.lock))
 
 
-def recorded(source: Source) -> Document:
-    """Every complete round, by site; of a run without a history, or with a damaged one, why there
-    is nothing. Lists are as long as `rounds`; what was not told or is no number is null."""
-    document: Document = {"problem": "", **_agreed(source.config)}
+def recorded(source: Source, before: Document | None = None) -> Document:
+    """Every complete round, by site; of a run without a history why there is nothing. Lists are as
+    long as `rounds`; what was not told or is no number is null. Of a history that cannot be read,
+    perhaps for the moment, what was known `before`, and why."""
+    document: Document = {"problem": "", "unreadable": False, **_agreed(source.config)}
     records: list[RoundRecord] = []
     sites: dict[str, Document] = {}
     final: Document | None = None
@@ -77,7 +78,9 @@ def recorded(source: Source) -> Document:
                 sites = _sites(history, records, given, judged.contributed)
                 final = _final(history)
         except HistoryError as error:
-            document["problem"] = str(error)
+            document |= {"problem": str(error), "unreadable": True}
+            if before:
+                return before | document
     return document | {
         "complete": final is not None,
         "rounds": [r.round for r in records],
@@ -185,13 +188,20 @@ def _final(history: History) -> Document | None:
     if found is None:
         return None
     number, metrics = found
+    released = history.final_released()
     keys = [f"{metric}/{region}" for metric in ("dice", "iou", "hd95") for region in REGIONS]
+    nothing = SiteMetrics(0, {}, {})
+    told = {site: metrics.get(site, nothing) for site in sorted(metrics.keys() | released.keys())}
     return {
         "round": number,
         "keys": keys,
         "sites": {
-            site: {"n": m.n, "values": [_short(m.means.get(key)) for key in keys]}
-            for site, m in metrics.items()
+            site: {
+                "n": m.n,
+                "values": [_short(m.means.get(key)) for key in keys],
+                "released": plain(released[site]) if site in released else None,
+            }
+            for site, m in told.items()
         },
         "mean": [_short(average(metrics, key, by_subject=False)) for key in keys],
     }

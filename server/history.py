@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from common.messages import SiteCard
 from common.metrics import SiteMetrics, mean_dice
 from common.statement import Signed
 
+COPY_SECONDS = 3.0  # that who only looks on waits for a writer, who needs milliseconds
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS sites (
@@ -49,6 +51,10 @@ CREATE TABLE IF NOT EXISTS chosen (round INTEGER PRIMARY KEY, site TEXT NOT NULL
 CREATE TABLE IF NOT EXISTS final (round INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS failures (round INTEGER, site TEXT, reason TEXT);
 """
+HELD = (
+    "another program has it locked, and nobody else can read or write it. End that program (an SQLite "
+    "browser, a backup); the file itself is whole."
+)
 ROUND, FINAL = "round", "final"  # stages: after each round, and the chosen model at the end
 TRAINING, METRICS = "training", "metrics"  # what of a round a statement came with; at the end FINAL
 
@@ -131,7 +137,8 @@ class History:
     """The open database; use it as a context manager. Every method may raise HistoryError.
 
     With `copied` it is a copy in memory, as the file is now, for who only looks on: the file is not
-    changed, and locked against its run's writing only for the milliseconds that copying takes.
+    changed, and locked against its run's writing only for the milliseconds that copying takes. If
+    another program holds it for seconds, that is a HistoryError, too.
     """
 
     def __init__(self, path: Path, *, copied: bool = False) -> None:
@@ -140,8 +147,8 @@ class History:
             if copied:
                 self._database = sqlite3.connect(":memory:")
                 uri = f"{path.absolute().as_uri()}?mode=ro"
-                with contextlib.closing(sqlite3.connect(uri, uri=True)) as file:
-                    file.backup(self._database, sleep=0.02)
+                with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=0)) as file:
+                    file.backup(self._database, sleep=0.02, progress=self._patience())
             else:
                 self._database = sqlite3.connect(path, timeout=60)
                 self._database.execute("PRAGMA synchronous = FULL")
@@ -171,6 +178,17 @@ class History:
                 f"{self._path}: was written by another version of fedbrats, or is no history. Use the "
                 "version that wrote it; the file is as it was."
             )
+
+    def _patience(self) -> Callable[[int, int, int], None]:
+        """Told of every attempt to copy; SQLite itself would try for ever."""
+        until = time.monotonic() + COPY_SECONDS
+
+        def attempted(status: int, remaining: int, total: int) -> None:
+            if status in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) and time.monotonic() > until:
+                self._database.close()
+                raise HistoryError(f"{self._path}: {HELD}")
+
+        return attempted
 
     def note(self, key: str, value: object) -> None:
         """Keep one fact about the run, replacing an earlier one of that name."""
@@ -372,6 +390,8 @@ class History:
                     f"{self._path}: the run was killed in the middle of writing. Type the run's command "
                     "again, which repairs it."
                 ) from error
+            if getattr(error, "sqlite_errorname", "").startswith("SQLITE_BUSY"):
+                raise HistoryError(f"{self._path}: {HELD}") from error
             raise HistoryError(
                 f"{self._path}: the run's history cannot be read or written ({error}). Free disk "
                 "space or restore the file, or start a new run in another folder."

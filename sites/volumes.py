@@ -70,11 +70,12 @@ class _Header:
     oriented: bool
 
 
-def read_volume(path: Path) -> Volume:
+def read_volume(path: Path, *, most_bytes: int | None = None) -> Volume:
     """Read a `.nii` or `.nii.gz` file whole.
 
     Accepts NIfTI-1 and -2, either byte order, any real number type, `scl_slope`, and trailing axes
-    of length 1. Raises `VolumeError` for everything else, whatever the bytes: nothing else escapes.
+    of length 1; at most `most_bytes` of voxels, if given. Raises `VolumeError` for everything else,
+    whatever the bytes: nothing else escapes.
     """
     remedy = "Copy or download the file again from its source."
     try:
@@ -86,7 +87,7 @@ def read_volume(path: Path) -> Volume:
             _check_container(raw.read(256), compressed)
             raw.seek(0)
             stream: Any = gzip.GzipFile(fileobj=raw, mode="rb") if compressed else raw
-            return _read(stream, size * _DEFLATE_LIMIT if compressed else size)
+            return _read(stream, size * _DEFLATE_LIMIT if compressed else size, most_bytes)
     except EOFError:
         raise VolumeError("truncated", "the compressed data end too early", remedy) from None
     except (gzip.BadGzipFile, zlib.error):
@@ -126,7 +127,7 @@ def _nifti_kind(start: bytes) -> tuple[Any, str] | None:
     return None
 
 
-def _read(stream: Any, limit: int) -> Volume:
+def _read(stream: Any, limit: int, most_bytes: int | None) -> Volume:
     start = stream.read(540)
     found = _nifti_kind(start)
     remedy = "Put the scan itself there, as NIfTI-1 or NIfTI-2."
@@ -141,6 +142,13 @@ def _read(stream: Any, limit: int) -> Volume:
     if bytes(fields["magic"])[:3] not in (b"n+1", b"n+2"):  # a .hdr/.img pair or Analyze 7.5
         raise VolumeError("not-nifti", "the file is not single-file NIfTI", remedy)
     header = _judge(fields, limit)
+    n_bytes = int(np.prod(header.shape, dtype=object)) * header.dtype.itemsize
+    if most_bytes is not None and n_bytes > most_bytes:
+        what = (
+            f"the voxels are {n_bytes // 10**6} MB, more than the {most_bytes // 10**6} MB accepted"
+        )
+        remedy = "Save the scan with 16-bit whole numbers, or only the head."
+        raise VolumeError("too-large", what, remedy)
 
     extensions = start[n_header:] + stream.read(max(0, header.offset - len(start)))
     surplus = start[header.offset :]  # voxels already read, when the header is the shorter kind

@@ -51,7 +51,7 @@ async function ask(path, options = {}) {
 }
 
 async function look() {
-  state = await (await ask("/api/state")).json();
+  state = await (await ask("api/state")).json();
   show();
   if (state.subject !== null && state.version !== loadedVersion) await load();
   else if ("prediction" in (state.volumes ?? {}) && !images.prediction) await addPrediction();
@@ -103,7 +103,7 @@ async function begin() {
 }
 
 async function volume(name, options = {}) {
-  const buffer = await (await ask(`/api/volumes/${name}.nii`)).arrayBuffer();
+  const buffer = await (await ask(`api/volumes/${name}.nii`)).arrayBuffer();
   return NVImage.loadFromUrl({ url: buffer, name: `${name}.nii`, colorbarVisible: false, ...options });
 }
 
@@ -442,7 +442,7 @@ const sayOf = (name, text) => { rowOf(name).querySelector(".said").textContent =
 
 async function sort(files) {
   const names = files.map((file) => file.name);
-  const roles = await (await ask("/api/roles", {
+  const roles = await (await ask("api/roles", {
     method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(names),
   })).json();
   const unclear = [];
@@ -471,19 +471,19 @@ async function send() {
   if (missing.length) {
     throw [{ what: `${missing.join(", ")} is missing`, remedy: "Choose a file for every modality." }];
   }
-  await ask("/api/upload", { method: "DELETE" });
+  await ask("api/upload", { method: "DELETE" });
   for (const [name] of wanted) sayOf(name, "");
   for (const [name, file] of wanted) {
     sayOf(name, "uploading…");
     try {
-      const about = await (await ask(`/api/upload/${name}`, { method: "PUT", body: file })).json();
+      const about = await (await ask(`api/upload/${name}`, { method: "PUT", body: file })).json();
       sayOf(name, `${about.shape.join("×")} voxels`);
     } catch (problems) {
       sayOf(name, "refused");
       throw problems;
     }
   }
-  await ask("/api/segment", { method: "POST" });
+  await ask("api/segment", { method: "POST" });
   for (const [name] of wanted) sayOf(name, "");
 }
 
@@ -505,7 +505,7 @@ form.onsubmit = async (event) => {
 form.onreset = () => {
   $("status").hidden = true;
   for (const name of state.model.modalities) sayOf(name, "");
-  ask("/api/upload", { method: "DELETE" }).catch(complain);
+  ask("api/upload", { method: "DELETE" }).catch(complain);
 };
 
 // a file that misses its place must not replace the page

@@ -196,7 +196,9 @@ function showFinal() {
   const sites = Object.entries(final.sites).sort(([a], [b]) => (a < b ? -1 : 1));
   byId("final-table").tHead.replaceChildren(heads("site", ...final.keys.map(name), "n"));
   byId("final-table").tBodies[0].replaceChildren(
-    ...sites.map(([site, about]) => row(site, about.values, about.n)),
+    // not exact: noised, or withheld
+    ...sites.map(([site, about]) =>
+      row(site, about.values, [about.n || null, about.released].filter(Boolean).join(" ") || "0")),
     row("mean over sites", final.mean, sites.reduce((sum, [, about]) => sum + about.n, 0), "total"));
 }
 
@@ -381,6 +383,9 @@ function showRecorded() {
   showFinal();
   showEvents();
   charts.forEach((chart) => chart.show());
+  const shown = charts.filter((chart) => !chart.figure.hidden);
+  shown.forEach((chart, index) => // an odd one at the end takes the whole row
+    chart.figure.classList.toggle("wide", index === shown.length - 1 && index % 2 === 0));
 }
 
 function heardNow() {
@@ -394,13 +399,16 @@ function heardNow() {
 function silent() {
   lost = true;
   const connection = byId("connection");
-  connection.textContent = `not live since ${new Date(heard).toLocaleTimeString()}`;
+  const since = `not live since ${new Date(heard).toLocaleTimeString()}`;
+  // refused, and not only out of reach: each start of the program has an address of its own
+  const other = source?.readyState === EventSource.CLOSED ? "; started again, it has a new address" : "";
+  connection.textContent = since + other;
   connection.className = "lost";
 }
 
 function connect() {
   source?.close();
-  source = new EventSource("/api/events");
+  source = new EventSource("api/events");
   source.addEventListener("recorded", (event) => {
     heardNow();
     recorded = JSON.parse(event.data);

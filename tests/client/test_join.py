@@ -1150,16 +1150,8 @@ MAY = {
     "client/worker_process.py": {"multiprocessing", "subprocess"},
     # they answer this machine's browser, and ask nobody
     "client/viewer.py": {"fastapi", "starlette"},
-    "client/viewer_commands.py": {"webbrowser"},
-    "common/local_page.py": {
-        "http",
-        "ipaddress",
-        "socket",
-        "ssl",
-        "starlette",
-        "urllib",
-        "uvicorn",
-    },
+    "common/few_connections.py": {"asyncio", "socket"},
+    "common/local_page.py": {"socket", "ssl", "starlette", "urllib", "uvicorn", "webbrowser"},
 }
 PAGES = ("client.viewer", "client.viewing", "common.local_page")
 FLOWER_NETWORK = (

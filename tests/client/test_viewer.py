@@ -8,11 +8,13 @@ import hashlib
 import io
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.cookiejar import CookieJar
 from pathlib import Path
@@ -22,7 +24,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from client import viewer, viewer_commands, viewing
+from client import viewer, viewing
 from client.prediction import Model, load_model
 from client.viewer import viewer_app
 from client.viewing import Viewing
@@ -303,6 +305,47 @@ def test_a_file_that_is_too_large_is_refused_before_it_fills_the_disk(
     assert list(private.iterdir()) == []
 
 
+def test_a_small_file_that_unpacks_to_a_huge_one_is_refused_by_its_header(waiting, private):
+    header = nibabel.Nifti1Header()
+    header.set_data_dtype(np.float64)
+    header.set_data_shape((511, 511, 511))
+    header["vox_offset"], header["magic"] = 352, b"n+1"
+    header.set_sform(np.eye(4), 1)
+    with gzip.open(private / "bomb", "wb", 9) as file:
+        file.write(header.binaryblock + bytes(4))
+        for _ in range(8):  # of 1067 MB: the header suffices to refuse it
+            file.write(bytes(2**20))
+    bomb = (private / "bomb").read_bytes() + b"\0" * 1_100_000  # the length of the whole one
+    (private / "bomb").unlink()
+    _, client = waiting
+    begin, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    answer = client.put("/api/upload/t1", content=bomb)
+    assert (answer.status_code, time.monotonic() - begin < 2) == (422, True)
+    assert "voxels are 1067 MB, more than the 400 MB" in answer.json()["problems"][0]["what"]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
+    assert list(private.iterdir()) == []
+
+
+def test_uploads_are_unpacked_one_at_a_time(waiting, folder, monkeypatch):
+    at_once, most = [], []
+    real = viewing.read_volume
+
+    def slowly(*arguments, **named):
+        at_once.append(1)
+        most.append(len(at_once))
+        time.sleep(0.1)
+        at_once.pop()
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(viewing, "read_volume", slowly)
+    _, client = waiting
+    scans = scans_of(folder).items()
+    with ThreadPoolExecutor(4) as pool:
+        put = [pool.submit(client.put, f"/api/upload/{m}", content=scan) for m, scan in scans]
+        assert [one.result().status_code for one in put] == [200] * 4
+    assert most == [1] * 4
+
+
 def test_an_upload_that_breaks_off_leaves_nothing(waiting, private):
     viewing, _ = waiting
     sent = iter(
@@ -347,6 +390,8 @@ def test_one_segmentation_at_a_time(waiting, folder, monkeypatch):
         refused = client.put("/api/upload/t1", content=b"x")
         assert refused.status_code == 409
         assert "running" in refused.json()["problems"][0]["what"]
+        assert client.delete("/api/upload").status_code == 409, "it would delete what is read"
+        assert len(client.get("/api/state").json()["uploads"]) == 4
     finally:
         go_on.set()
     assert until_done(client)["job"]["state"] == "done"
@@ -389,17 +434,7 @@ def test_vendored_code_is_what_its_list_says():
     assert listed.keys() == programs
     for name, digest in listed.items():
         assert hashlib.sha256((WEB / name).read_bytes()).hexdigest() == digest
-        assert f'src="/web/{name}"' in (WEB / "viewer.html").read_text()
-
-
-def test_the_browser_is_given_the_token_in_a_private_file(tmp_path, monkeypatch):
-    """A command line, and so a token in it, can be read by every account."""
-    opened = []
-    monkeypatch.setattr(viewer_commands.webbrowser, "open", opened.append)
-    viewer_commands._open("http://127.0.0.1:1/?token=a&b", tmp_path)
-    assert "token" not in opened[0]
-    page = Path(opened[0].removeprefix("file://")).read_text()
-    assert "url=http://127.0.0.1:1/?token=a&amp;b" in page
+        assert f'src="web/{name}"' in (WEB / "viewer.html").read_text()
 
 
 def fetch(opener: urllib.request.OpenerDirector, address: str) -> int:
@@ -423,7 +458,7 @@ def test_the_program_asks_for_its_token_and_ends_amid_work_leaving_nothing(
     )
     try:
         address = running.stdout.readline().strip()
-        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\?token=\S{32}", address)
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\S{16}/\?token=\S{32}", address)
         assert "not a medical device" in running.stdout.readline()
         bare = address.split("?")[0]
         assert fetch(urllib.request.build_opener(), f"{bare}api/state") == 401

@@ -22,7 +22,7 @@ from client.prediction import load_model
 from client.viewer import viewer_app
 from client.viewing import Viewing
 from common.brats import MODALITIES
-from common.local_page import Place, new_token, serving
+from common.local_page import Place, serving
 from common.model import initial_weights
 from common.weights import save_weights
 from sites.subject import discover
@@ -97,8 +97,7 @@ def opened(browser, tmp_path) -> Iterator[object]:
     with ExitStack() as stack:
 
         def opening(viewing: Viewing) -> Page:
-            place = Place(token=new_token())
-            browser.get(stack.enter_context(serving(viewer_app(viewing), place)))
+            browser.get(stack.enter_context(serving(viewer_app(viewing), Place())))
             return Page(browser, viewing)
 
         yield opening

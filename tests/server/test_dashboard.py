@@ -10,6 +10,7 @@ import json
 import re
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,10 +43,15 @@ def run(tmp_path: Path) -> Path:
 
 @contextlib.contextmanager
 def asked(address: str, path: str) -> Iterator[http.client.HTTPResponse]:
+    """What a browser is answered that has opened the address; the path is below that of the page."""
     at = urlsplit(address)
     connection = http.client.HTTPConnection(at.hostname, at.port, timeout=10)
     with contextlib.closing(connection):
-        connection.request("GET", path)
+        connection.request("GET", f"{at.path}?{at.query}")
+        let_in = connection.getresponse()
+        let_in.read()
+        cookie = let_in.headers["Set-Cookie"].split(";")[0]
+        connection.request("GET", at.path + path, headers={"Cookie": cookie})
         yield connection.getresponse()
 
 
@@ -60,7 +66,7 @@ def next_event(answer: http.client.HTTPResponse) -> tuple[str, str]:
 
 
 def test_a_new_round_reaches_an_open_page_within_seconds(run):
-    with serving_dashboard(run, Place()) as address, asked(address, "/api/events") as answer:
+    with serving_dashboard(run, Place()) as address, asked(address, "api/events") as answer:
         assert answer.headers["Content-Type"].startswith("text/event-stream")
         events = dict(next_event(answer) for _ in range(2))
         assert json.loads(events["recorded"])["rounds"] == [1]
@@ -71,20 +77,32 @@ def test_a_new_round_reaches_an_open_page_within_seconds(run):
         kind, data = next_event(answer)
         assert (kind, json.loads(data)["rounds"]) == ("recorded", [1, 2])
         assert time.monotonic() - begin < 5
-        with asked(address, "/api/state") as whole:
+        with asked(address, "api/state") as whole:
             told = json.load(whole)
         assert told["recorded"] == json.loads(data)
         assert set(told["live"]) == {"running", "state", "alerts", "sites"}
 
 
+def test_serving_waits_for_no_file_of_the_run(run, monkeypatch):
+    """A federation starts beside it, whatever becomes of its picture."""
+    held = threading.Event()
+    before = dashboard.recorded
+    monkeypatch.setattr(dashboard, "recorded", lambda *of: held.wait(20) and before(*of))
+    begin = time.monotonic()
+    with serving_dashboard(run, Place()) as address, asked(address, "api/events") as answer:
+        assert time.monotonic() - begin < 3
+        held.set()
+        assert json.loads(next_event(answer)[1])["rounds"] == [1]
+
+
 def test_many_pages_cost_one_read(run, monkeypatch):
     reads = []
     before = dashboard.recorded
-    monkeypatch.setattr(dashboard, "recorded", lambda source: reads.append(1) or before(source))
+    monkeypatch.setattr(dashboard, "recorded", lambda *of: reads.append(1) or before(*of))
     with contextlib.ExitStack() as stack:
         address = stack.enter_context(serving_dashboard(run, Place()))
         for _ in range(10):
-            assert next_event(stack.enter_context(asked(address, "/api/events")))[0] == "recorded"
+            assert next_event(stack.enter_context(asked(address, "api/events")))[0] == "recorded"
         time.sleep(1.5)
     assert len(reads) == 1
 
@@ -104,15 +122,15 @@ def test_silence_is_broken_so_that_a_page_can_tell_a_lost_connection(run, monkey
 
 def test_the_page_needs_nothing_from_elsewhere_and_offers_nothing_else(run):
     with serving_dashboard(run, Place()) as address:
-        with asked(address, "/") as answer:
+        with asked(address, "") as answer:
             page = answer.read().decode()
         wanted = re.findall(r'(?:src|href)="([^"]+)"', page)
         assert len(wanted) == 5
         for path in wanted:
-            assert path.startswith("/static/")
+            assert path.startswith("static/")
             with asked(address, path) as answer:
                 assert (answer.status, bool(answer.read())) == (200, True)
-        for path in ("/docs", "/openapi.json", "/static/../dashboard.py", "/static/%2e%2e/cli.py"):
+        for path in ("docs", "openapi.json", "static/../dashboard.py", "static/%2e%2e/cli.py"):
             with asked(address, path) as answer:
                 assert answer.status == 404
     ours = [p for p in WEB.iterdir() if p.suffix in (".html", ".css", ".js")]
@@ -162,7 +180,7 @@ def test_others_are_served_over_tls_and_with_a_token_only(tmp_path, tiny_config,
             context = ssl.create_default_context(cafile=folder.ca_certificate)
             connection = http.client.HTTPSConnection("127.0.0.1", at.port, context=context)
             for query in ("", f"?{at.query}"):
-                connection.request("GET", f"/api/state{query}")
+                connection.request("GET", f"{at.path}api/state{query}")
                 answer = connection.getresponse()
                 answer.read()
                 served.append((at.scheme, at.hostname, answer.status))
@@ -199,11 +217,10 @@ def test_start_serves_it_beside_and_goes_on_where_it_cannot(tmp_path, tiny_confi
     begun = []
 
     def serve(coordinator: object) -> None:
-        with (
-            contextlib.suppress(OSError),
-            asked(f"http://127.0.0.1:{port}", "/api/state") as answer,
-        ):
-            begun.append(json.load(answer)["recorded"]["name"])
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        with contextlib.suppress(OSError), contextlib.closing(connection):
+            connection.request("GET", "/api/state")
+            begun.append(connection.getresponse().status)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("server.start.start", serve)
@@ -211,9 +228,11 @@ def test_start_serves_it_beside_and_goes_on_where_it_cannot(tmp_path, tiny_confi
         port = taken.getsockname()[1]
     start = ["start", str(folder.path), "--dashboard", "--dashboard-port", str(port)]
     result = CliRunner().invoke(server_cli, start)
-    assert (result.exit_code, begun) == (130, ["study"])
-    assert f"dashboard: http://127.0.0.1:{port}/" in result.stderr
+    assert (result.exit_code, begun) == (130, [401])
+    assert re.search(
+        rf"dashboard: http://127\.0\.0\.1:{port}/\S{{16}}/\?token=\S{{32}}", result.stderr
+    )
     with serving_dashboard(folder.path, Place(port=port)):  # by another command, say
         result = CliRunner().invoke(server_cli, start)
-    assert (result.exit_code, begun) == (130, ["study"] * 2), "the federation began all the same"
+    assert (result.exit_code, begun) == (130, [401] * 2), "the federation began all the same"
     assert "there is no dashboard: Cannot serve a page" in result.stderr

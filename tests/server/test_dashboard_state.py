@@ -25,7 +25,14 @@ from server.coordinator import init_folder
 from server.dashboard import Observer
 from server.dashboard_alerts import recorded_alerts, slow_alerts, status_alerts
 from server.dashboard_state import Source, recorded
-from server.history import TRAINING, Contribution, GivenStatement, History, RoundRecord
+from server.history import (
+    TRAINING,
+    Contribution,
+    GivenStatement,
+    History,
+    HistoryError,
+    RoundRecord,
+)
 
 HOSTILE = '<script>alert("x")</script>'
 
@@ -186,6 +193,56 @@ def test_missing_damaged_and_vanished_files_are_words(run, tmp_path):
     assert "is not there" in words(live["alerts"])
 
 
+def test_what_was_known_stays_while_the_history_cannot_be_read_and_is_read_as_soon_as_it_can(
+    run, monkeypatch
+):
+    """The file's size and time stay as they were: they do not say when to try again."""
+    observer = Observer(Source(run))
+    observer.look()
+    (before,) = [json.loads(observer.view.recorded)]
+    os.utime(run / "history.sqlite")
+
+    class OutOfFiles:
+        def __init__(self, path: Path, *, copied: bool) -> None:
+            raise HistoryError(f"{path}: unable to open database file")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("server.dashboard_state.History", OutOfFiles)
+        for _ in range(2):
+            observer.look()
+            told = json.loads(observer.view.recorded)
+            assert {**told, "problem": "", "unreadable": False} == before
+            assert "error: " in words(json.loads(observer.view.live)["alerts"])
+            assert "unable to open database file" in observer.view.live
+        fresh = Observer(Source(run))
+        fresh.look()
+        assert "unable to open" in json.loads(fresh.view.recorded)["problem"]
+    for healed in (observer, fresh):
+        healed.look()
+        assert json.loads(healed.view.recorded) == before
+        assert "unable" not in healed.view.live
+
+
+def test_a_history_that_another_program_holds_is_said_and_nobody_waits_for_ever(run, monkeypatch):
+    monkeypatch.setattr("server.history.COPY_SECONDS", 0.3)
+    observer = Observer(Source(run))
+    observer.look()
+    holder = sqlite3.connect(run / "history.sqlite", isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    os.utime(run / "history.sqlite")
+    begin = time.monotonic()
+    observer.look()
+    with pytest.raises(HistoryError, match="another program has it locked"):
+        History(run / "history.sqlite", copied=True)
+    assert time.monotonic() - begin < 3
+    assert json.loads(observer.view.recorded)["rounds"] == [1, 2]
+    assert "another program has it locked" in observer.view.live
+    holder.execute("ROLLBACK")
+    holder.close()
+    observer.look()
+    assert "locked" not in observer.view.live + observer.view.recorded
+
+
 def test_what_nobody_foresaw_is_one_line(run, monkeypatch):
     observer = Observer(Source(run))
     observer.look()
@@ -216,6 +273,18 @@ def test_a_run_is_running_while_its_lock_is_held(run):
     assert (live["state"], live["alerts"]) == ("complete", [])
     assert told["final"]["sites"]["a"]["values"][:3] == [0.8, 0.8, 0.8]
     assert told["final"]["sites"]["a"]["values"][6] is None, "HD95 is not defined there"
+
+
+def test_the_final_table_says_which_numbers_are_noised_and_who_withholds_them(run):
+    with History(run / "history.sqlite") as history:
+        of = {"a": metrics(0.8, 0.8, 0.8), HOSTILE: metrics(1.2, 0.9, 0.9)}
+        released = {"b": "withheld", HOSTILE: "noised"}
+        history.record_final(2, of, {"b": "withheld"}, released)
+    final = recorded(Source(run))["final"]
+    told = {site: (about["n"], about["released"]) for site, about in final["sites"].items()}
+    assert told == {"a": (4, None), "b": (0, "withheld"), HOSTILE: (4, "noised")}
+    assert final["sites"]["b"]["values"] == [None] * 9
+    assert final["mean"][0] == 1.0, "over those that told theirs"
 
 
 # ----------------------------------------------------------------------------------- alerts

@@ -95,7 +95,7 @@ def test_rounds_of_a_run_that_goes_on_appear_without_reload(
             assert complaints(browser) == []
 
 
-def test_a_hostile_name_is_text_and_the_page_works_by_keyboard_and_heals(tmp_path):
+def test_a_hostile_name_is_text_and_the_page_works_by_keyboard_and_heals(tmp_path, monkeypatch):
     run = tmp_path / "run"
     run.mkdir()
     with History(run / "history.sqlite") as history:
@@ -103,6 +103,7 @@ def test_a_hostile_name_is_text_and_the_page_works_by_keyboard_and_heals(tmp_pat
             of = {"a": metrics(dice, dice, dice), HOSTILE: metrics(0.9, 0.6, 0.3)}
             history.record_round(a_round(number, of, *([HOSTILE] if number == 2 else [])))
     token = "secret-token"
+    monkeypatch.setattr("common.local_page.secrets.token_urlsafe", lambda size: "x" * size)
     with contextlib.ExitStack() as stack:
         browser = stack.enter_context(chromium(tmp_path / "profile", width=400, height=800))
         served = stack.enter_context(contextlib.ExitStack())
@@ -139,7 +140,42 @@ def test_a_hostile_name_is_text_and_the_page_works_by_keyboard_and_heals(tmp_pat
         eventually(lambda: "not live since" in words(browser, "#connection"), "the loss")
         with History(run / "history.sqlite") as history:
             history.record_round(a_round(3, {"a": metrics(0.8, 0.8, 0.8)}))
-        place = Place(port=urlsplit(address).port or 0)
+        place = Place(
+            port=urlsplit(address).port or 0, token=token
+        )  # the same, as if a tunnel were back
         with serving_dashboard(run, place):
             eventually(lambda: "round 3" in browser.title, "the new round")
             assert words(browser, "#connection") == "live"
+
+
+def test_final_numbers_that_are_not_exact_are_marked_and_charts_leave_no_hole(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with History(run / "history.sqlite") as history:
+        of = {"a": metrics(0.8, 0.8, 0.8), "b": metrics(0.7, 0.7, 0.7)}
+        for number in (1, 2):
+            history.record_round(a_round(number, of))
+        history.record_final(2, of, {"c": "withheld"}, {"b": "noised", "c": "withheld"})
+    with (
+        serving_dashboard(run, Place()) as address,
+        chromium(tmp_path / "profile", width=1280) as browser,
+    ):
+        browser.get(address)
+        eventually(lambda: drawn(browser) > 500, "curves")
+        ends = [
+            row.find_element(By.CSS_SELECTOR, "td:last-child").text
+            for row in browser.find_elements(By.CSS_SELECTOR, "#final-table tbody tr")
+        ]
+        assert ends == ["4", "4 noised", "withheld", "8"]
+        figures = browser.find_elements(By.CSS_SELECTOR, "#chart-list figure:not([hidden])")
+        assert len(figures) == 3, "nobody states an epsilon"
+        first, second, third = (figure.rect for figure in figures)
+        assert second["x"] > first["x"] + first["width"]
+        whole = second["x"] + second["width"] - first["x"]
+        assert third["width"] == pytest.approx(whole, abs=1)
+        plot = figures[2].find_element(By.CSS_SELECTOR, "canvas").rect
+        eventually(
+            lambda: figures[2].find_element(By.CSS_SELECTOR, "canvas").rect["width"] > whole * 0.9,
+            f"a plot as wide as its place, {plot}",
+        )
+        assert complaints(browser) == []
