@@ -20,8 +20,6 @@ import secrets
 import socket
 import ssl
 import sys
-import threading
-import time
 import traceback
 import webbrowser
 from collections.abc import Callable, Iterator
@@ -30,13 +28,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlencode
 
-import uvicorn
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.few_connections import FewConnections
+from common.served import NotStarted, served
 
 LOG = logging.getLogger("fedbrats")
 LOOPBACK = "127.0.0.1"
@@ -236,30 +234,11 @@ def serving(app: ASGIApp, place: Place, policy: str = SAME_PLACE) -> Iterator[st
     guarded = Guarded(app, place, policy, sock.keep)
     # without a handler of its own, what it says of hasty browsers would go to standard error
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
-    config = uvicorn.Config(
-        guarded,
-        loop="asyncio",  # which accepts by way of `sock`
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        ws="none",
-        timeout_graceful_shutdown=1,
-        **tls,
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
-    thread.start()
     try:
-        while not server.started:
-            if not thread.is_alive():
-                raise NotServed(f"The page could not be served on {place.host}.")
-            time.sleep(0.01)
-        yield _address(place, sock.getsockname()[1], guarded.root)
-    finally:
-        server.should_exit = True
-        thread.join(timeout=5)
-        sock.close()
+        with served(guarded, sock, timeout_graceful_shutdown=1, **tls) as port:
+            yield _address(place, port, guarded.root)
+    except NotStarted as error:
+        raise NotServed(f"The page could not be served on {place.host}.") from error
 
 
 def _address(place: Place, port: int, root: str) -> str:

@@ -14,15 +14,12 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
-import threading
-import time
 from base64 import b64decode
 from collections.abc import Container, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import cast
 
-import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.common.constant import (
     NOOP_FLWR_AID,
@@ -46,6 +43,7 @@ from flwr.supercore.primitives.asymmetric import (
 )
 
 from common.few_connections import FewConnections
+from common.served import NotStarted, served
 from server.fleet import Fleet
 from server.gate import Gate
 from server.link_state import LinkState
@@ -151,28 +149,14 @@ def listening(app: Gate, host: str, port: int, certificate: Path, key: Path) -> 
         plain, most=MOST_CONNECTIONS, most_per_address=MOST_PER_ADDRESS, seconds=FIRST_SECONDS
     )
     app.keep = sock.keep
-    config = uvicorn.Config(
-        app,
-        ssl_certfile=str(certificate),
-        ssl_keyfile=str(key),
-        loop="asyncio",  # which accepts by way of the socket
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,  # nobody stands in front of it
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=2,
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
-    thread.start()
+    settings = {
+        "ssl_certfile": str(certificate),
+        "ssl_keyfile": str(key),
+        "timeout_keep_alive": KEEP_ALIVE_SECONDS,
+        "timeout_graceful_shutdown": 2,
+    }
     try:
-        while not server.started:
-            if not thread.is_alive():
-                raise CannotListen(f"The server could not be started on {host} port {port}.")
-            time.sleep(0.01)
-        yield sock.getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join(timeout=5)
-        sock.close()
+        with served(app, sock, **settings) as bound:
+            yield bound
+    except NotStarted as error:
+        raise CannotListen(f"The server could not be started on {host} port {port}.") from error

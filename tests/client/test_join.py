@@ -1151,9 +1151,10 @@ MAY = {
     # they answer this machine's browser, and ask nobody
     "client/viewer.py": {"fastapi", "starlette"},
     "common/few_connections.py": {"asyncio", "socket"},
-    "common/local_page.py": {"socket", "ssl", "starlette", "urllib", "uvicorn", "webbrowser"},
+    "common/local_page.py": {"socket", "ssl", "starlette", "urllib", "webbrowser"},
+    "common/served.py": {"uvicorn"},
 }
-PAGES = ("client.viewer", "client.viewing", "common.local_page")
+PAGES = ("client.viewer", "client.viewing", "common.local_page", "common.served")
 FLOWER_NETWORK = (
     *("flwr.supernode.", "flwr.superlink.", "flwr.client.", "flwr.server.", "flwr.cli."),
     *("flwr.serverapp.", "flwr.simulation.", "flwr.supercore.protobuf.", "flwr.supercore.grpc."),
@@ -1203,7 +1204,9 @@ def test_only_the_connection_can_reach_the_network(path):
             )
     if name != "client/join.py":
         assert not [m for m in found if m == "client.connection.Connection"], name
-    if not name.startswith("client/view"):  # nothing that has to do with a federation serves a page
+    if not name.startswith(
+        ("client/view", "common/local_page")
+    ):  # nothing that has to do with a federation serves a page
         served = [m for m in found if m.startswith(PAGES)]
         assert not served or (name, served) == ("client/cli.py", ["client.viewer_commands"]), name
 
