@@ -19,6 +19,7 @@ from client.overlays import Case, case_of, case_title, slices_figure
 from client.prediction import Model, Options, load_model
 from client.scene import scene_figure
 from client.subject_results import PLAIN, Segmenter, segmenter_of
+from common.console import ending_in_order
 from common.evaluation_document import EvaluationError, results_in
 from common.evaluation_summary import RANKS, SubjectResult, shown_subjects
 from common.figures import draw, draw_pixels
@@ -68,6 +69,7 @@ def draw_pictures(
     titles = [case_title(rank, r.site, r.subject, r.dice) for rank, r in shown.items()]
 
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # pictures of scans are scans
+    folder.chmod(0o700)  # it may have been there
     drawn = draw(slices_figure(cases, titles), folder, "slices", "", photo=True)
     written = [path for path in (drawn.png, drawn.svg) if path is not None]
     for rank, case, title in zip(shown, cases, titles, strict=True):
@@ -96,7 +98,10 @@ def _cases(
         subject.id: subject for subject in discover(data, modalities=recipe.modalities).subjects
     }
     cases = []
-    with nullcontext(cache) if cache else TemporaryDirectory(prefix="fedbrats-") as place:
+    with (
+        ending_in_order(),
+        nullcontext(cache) if cache else TemporaryDirectory(prefix="fedbrats-") as place,
+    ):
         for result in track(list(shown.values()), "drawing", len(shown), "subjects"):
             entry = None
             if result.subject in found:

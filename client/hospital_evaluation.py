@@ -22,6 +22,7 @@ from client.subject_results import (
     segmenter_of,
     subject_result,
 )
+from common.console import ending_in_order
 from common.evaluation_document import INTERVALS, EvaluationError, evaluation_document
 from common.evaluation_summary import SubjectResult
 from common.progress import track
@@ -88,7 +89,10 @@ def evaluate_folder(
     segment = segmenter(loaded, options)
     results: list[SubjectResult] = []
     digests: list[tuple[str, str, str]] = []
-    with nullcontext(cache) if cache else TemporaryDirectory(prefix="fedbrats-") as place:
+    with (
+        ending_in_order(),
+        nullcontext(cache) if cache else TemporaryDirectory(prefix="fedbrats-") as place,
+    ):
         for subject in track(subjects, "evaluating", len(subjects), "subjects"):
             entry, found = prepare_subject(subject, recipe, Path(place), site=site)
             findings += found
@@ -101,7 +105,8 @@ def evaluate_folder(
             if cache is None:
                 shutil.rmtree(entry.folder)
     findings += same_patient_twice(digests)
-    why = {f.subject: f.what for f in reversed(findings) if f.severity == "error"}
+    errors = [f for f in reversed(findings) if f.severity == "error" and f.subject]
+    why = {f.subject: f.what for f in errors}
     usable = [result for result in results if result.subject not in why]
     if not usable:
         raise NoUsableSubject(f"{data}: no subject can be used.", tuple(findings))

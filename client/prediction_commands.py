@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from client.finding_table import print_findings
-from common.console import FAILED, USAGE, complain, failing_in_words, many, printable, start_logging
+from common.console import (
+    FAILED,
+    USAGE,
+    complain,
+    ending_in_order,
+    failing_in_words,
+    many,
+    printable,
+    start_logging,
+)
 
 if TYPE_CHECKING:
     from client.dicom_files import Series
@@ -196,7 +205,7 @@ def _dicom_as_nifti(
     from client.dicom_series import find_series, subject_of
     from sites.subject import Discovery
 
-    with TemporaryDirectory(prefix="fedbrats-") as private:
+    with ending_in_order(), TemporaryDirectory(prefix="fedbrats-") as private:
         series = find_series(folder, job.model.config.modalities)
         subject = subject_of(series, Path(private))
         yield Discovery((subject,), ()), series.get("flair") or next(iter(series.values()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -83,6 +84,24 @@ def failing_in_words(
             raise
         complain(name, str(error))
         raise SystemExit(USAGE if wrong_usage else FAILED) from None
+
+
+@contextmanager
+def ending_in_order() -> Iterator[None]:
+    """SIGTERM and a closed terminal end the block by SystemExit, so that its private files are deleted.
+
+    For the main thread. A SIGKILL leaves them.
+    """
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {s: signal.signal(s, end) for s in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def complain(name: str, message: str) -> None:

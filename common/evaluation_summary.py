@@ -68,7 +68,9 @@ class Statistic:
 
 
 Group = dict[str, Any]
-"""{"n": subjects, structure: {metric: {"mean", "median", "q1", "q3", "ci_low", "ci_high", "n"}}}"""
+"""{"n", structure: {metric: {"mean", "median", "q1", "q3", "ci_low", "ci_high", "n"}}}. Of subjects, "n"
+counts them and "patients" is beside it; over sites, "n" counts sites, in each metric too, beside
+"single_patient_sites"."""
 
 
 def statistic(values: Sequence[float], interval: Interval | None) -> Statistic:

@@ -43,10 +43,11 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, private: bool
 
 
 def write_together(files: Mapping[Path, bytes]) -> None:
-    """Write all files, or none: each is whole on the disk before the first takes its name.
+    """Write all files, each whole on the disk before the first takes its name.
 
     Raises:
-        OSError: one cannot be written, which `filename` names; every file is then as it was before.
+        OSError: one cannot be written, which `filename` names. Every file is then as it was before,
+            unless it was only the renaming that failed: then those before it are new.
     """
     waiting = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
     try:

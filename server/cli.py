@@ -1,8 +1,9 @@
 """The coordinator's command line, `fed-server`.
 
 What a federation is and who takes part is said here; `server.running` has the commands of a running
-federation; hospitals have `fed-client`. Heavy imports happen inside the commands, so that `--help`
-answers at once.
+federation, `server.dashboard_commands`, `server.report_commands`, `server.tracking_commands` and
+`server.audit_commands` those to look at it; hospitals have `fed-client`. Heavy imports happen inside
+the commands, so that `--help` answers at once.
 """
 
 from __future__ import annotations

@@ -21,10 +21,11 @@ from client.overlays import CONVENTION, Case, case_of, case_title, slices_figure
 from client.prediction import Model, load_model
 from client.scene import scene_figure
 from client.site import load_site
-from client.subject_results import plain_segmenter
+from client.subject_results import PLAIN, segmenter_of
 from common.config import FederationConfig
 from common.config_file import load_config
 from common.console import many
+from common.evaluation_document import EvaluationError
 from common.evaluation_summary import SubjectResult, ranked, shown_subjects
 from common.figures import BLUE, GREEN, GREY, VERMILLION, new_figure, shown_name, styled
 from common.files import lock_holder
@@ -100,8 +101,8 @@ def simulations_report(run: Path) -> Report:
 def per_subject_document(run: Path, stage: str) -> dict[str, Any]:
     """{"subjects": [{"site", "subject", "scores"}]} of the held-out subjects of all sites.
 
-    The one place that knows where these are from: of the chosen model what `fed-sim evaluate` has kept,
-    else what each simulated site has. `stage`: `final`, or `round-0003`.
+    Of the chosen model what `fed-sim evaluate` has kept, else what each simulated site has. `stage`:
+    `final`, or `round-0003`.
     """
     evaluation = stored_evaluation(run) if stage == "final" else None
     return _sites_own_document(run, stage) if evaluation is None else evaluation
@@ -304,7 +305,10 @@ def _pictures(
     try:
         model = _model(folder, recorded, config)
         cases = list(_cases(folder.path, shown.values(), model))
-    except (BadWeights, CacheError, OSError, ValueError, LookupError) as error:
+    except (
+        *(BadWeights, CacheError, EvaluationError, MemoryError),
+        *(OSError, ValueError, LookupError),
+    ) as error:
         return [Section("slices", title, [f"There are no pictures: {error}"])]
     titles = [case_title(rank, s.site, s.subject, s.dice) for rank, s in shown.items()]
     assert recorded.measured is not None
@@ -347,9 +351,11 @@ def _model(folder: RunFolder, recorded: Recorded, config: FederationConfig) -> M
 
 
 def _cases(run: Path, shown: Any, model: Model) -> Iterator[Case]:
-    segment = plain_segmenter(model)
+    segment = segmenter_of(model, PLAIN)
     for result in shown:
         site = load_site(run / "sites" / result.site)
-        entry = next(entry for entry in site.held_out if entry.id == result.subject)
+        entry = next((entry for entry in site.held_out if entry.id == result.subject), None)
+        if entry is None:
+            raise LookupError(f"{result.site} no longer holds {result.subject} out.")
         LOG.info(f"{result.site}: drawing {result.subject}")
         yield case_of(entry, model.config.modalities, segment(entry))
