@@ -1,7 +1,7 @@
 """What a dashboard shows of a run, as plain JSON: from the run's files, which are read and not changed.
 
-`recorded` is what the history holds, `state` all of it with what goes on now; what needs somebody's attention is in
-`server.dashboard_alerts`. Names and reasons are the sites' own text. No weights, no subjects.
+`recorded` is what the history holds, `state` all of it with what goes on now; what needs somebody's
+attention is in `server.dashboard_alerts`. Names and reasons are the sites' own text. No weights, no subjects.
 """
 
 from __future__ import annotations

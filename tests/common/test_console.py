@@ -15,13 +15,16 @@ from common.console import ending_in_order
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_private_files_are_deleted_when_the_program_is_asked_to_stop(number):
     before = signal.getsignal(number)
-    with (
-        pytest.raises(SystemExit) as ended,
-        ending_in_order(),
-        TemporaryDirectory() as private,
-    ):
-        Path(private, "scan.nii.gz").write_bytes(b"voxels")
-        os.kill(os.getpid(), number)
+    private: list[Path] = []
+
+    def work() -> None:
+        with ending_in_order(), TemporaryDirectory() as folder:
+            private.append(Path(folder))
+            (private[0] / "scan.nii.gz").write_bytes(b"voxels")
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(SystemExit) as ended:
+        work()
     assert ended.value.code == 128 + number
-    assert not Path(private).exists()
+    assert not private[0].exists()
     assert signal.getsignal(number) == before

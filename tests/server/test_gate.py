@@ -19,6 +19,7 @@ from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import ObjectTree
 
 from client.connection import Connection, RunOver, Unreachable
+from common.few_connections import Accepted, FewConnections
 from server import gate, superlink
 from server.gate import DEEPEST, LONGEST_REASON, MOST_PIECES, reply_problem
 from tests.link import Link, linked, reply_to, signed_request, take, until
@@ -173,7 +174,22 @@ def narrow_link(folder, authority, monkeypatch, **limits) -> Iterator[Link]:
         yield link
 
 
-def test_a_connection_that_asks_nothing_is_closed(tmp_path, authority, monkeypatch):
+@pytest.fixture
+def seen(monkeypatch) -> list[Accepted]:
+    """Every connection that a server of this process accepts, in order."""
+    accepted: list[Accepted] = []
+    accept = FewConnections.accept
+
+    def noting(listening: FewConnections):
+        connection, address = accept(listening)
+        accepted.append(connection)
+        return connection, address
+
+    monkeypatch.setattr(FewConnections, "accept", noting)
+    return accepted
+
+
+def test_a_connection_that_asks_nothing_is_closed(tmp_path, authority, monkeypatch, seen):
     with narrow_link(tmp_path, authority, monkeypatch, FIRST_SECONDS=0.5) as link:
         begin = time.monotonic()
         with tls(link) as silent:
@@ -185,9 +201,13 @@ def test_a_connection_that_asks_nothing_is_closed(tmp_path, authority, monkeypat
         with tls(link) as slow:
             slow.sendall(b"POST /v1/fleet/push-object HTTP/1.1\r\nhost: x\r\n")
             assert ends(slow), "half a request is none"
+        before = len(seen)
         client = link.connect("a")
         time.sleep(0.7)
-        assert client.receive() is None, "who asks is served, on the same connection"
+        assert client.receive() is None
+        (own,) = seen[before:]  # who asks is served, and on the same connection
+        assert own.kept
+        assert not own.dropped
 
 
 def test_a_flood_without_a_key_costs_no_files_and_disturbs_no_hospital(
