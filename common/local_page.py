@@ -18,7 +18,6 @@ import logging
 import os
 import secrets
 import socket
-import ssl
 import sys
 import traceback
 import webbrowser
@@ -34,7 +33,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.few_connections import FewConnections
-from common.served import NotStarted, served
+from common.served import NotStarted, bound_socket, served, tls_settings
 
 LOG = logging.getLogger("fedbrats")
 LOOPBACK = "127.0.0.1"
@@ -210,24 +209,18 @@ def serving(app: ASGIApp, place: Place, policy: str = SAME_PLACE) -> Iterator[st
     tls: dict[str, Any] = {}
     if (place.certificate is None) != (place.key is None):
         raise NotServed("TLS needs both a certificate and its key.")
-    if place.certificate is not None:
+    if place.certificate is not None and place.key is not None:
         try:
-            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            # the password keeps OpenSSL from asking for one on the terminal
-            context.load_cert_chain(place.certificate, place.key, password="")
-        except (OSError, ssl.SSLError, ValueError) as error:
+            tls = tls_settings(place.certificate, place.key)
+        except NotStarted as error:
             raise NotServed(
                 f"{place.certificate} and {place.key} cannot be used ({error})."
             ) from error
-        tls = {"ssl_certfile": str(place.certificate), "ssl_keyfile": str(place.key)}
     try:
-        family = socket.AF_INET6 if ":" in place.host else socket.AF_INET
-        listening = socket.create_server((place.host, place.port), family=family)
-    except OSError as error:
-        known = error.errno is not None and error.errno > 0  # else of the look-up of a name
-        why = os.strerror(error.errno or 0) if known else error.strerror
+        listening = bound_socket(place.host, place.port)
+    except NotStarted as error:
         raise NotServed(
-            f"Cannot serve a page on {place.host} port {place.port} ({why}). Choose "
+            f"Cannot serve a page on {place.host} port {place.port} ({error}). Choose "
             "another --port; 0 takes a free one."
         ) from error
     sock = FewConnections(listening, most=MOST_CONNECTIONS, seconds=SECONDS)

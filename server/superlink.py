@@ -12,8 +12,6 @@ Built from private modules of Flower, hence for one exact version of it, checked
 from __future__ import annotations
 
 import contextlib
-import socket
-import ssl
 from base64 import b64decode
 from collections.abc import Container, Iterator, Mapping
 from datetime import datetime
@@ -43,7 +41,7 @@ from flwr.supercore.primitives.asymmetric import (
 )
 
 from common.few_connections import FewConnections
-from common.served import NotStarted, served
+from common.served import NotStarted, bound_socket, served, tls_settings
 from server.fleet import Fleet
 from server.gate import Gate
 from server.link_state import LinkState
@@ -131,32 +129,26 @@ def listening(app: Gate, host: str, port: int, certificate: Path, key: Path) -> 
             certificate and key do not fit.
     """
     try:
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
-    except (OSError, ssl.SSLError) as error:
+        tls = tls_settings(certificate, key)
+    except NotStarted as error:
         raise CannotListen(
             f"{certificate} and {key} cannot be used ({error}); `fed-server renew-certificate` "
             "makes new ones."
         ) from error
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        plain = socket.create_server((host, port), family=family, backlog=128)
-    except OSError as error:
+        plain = bound_socket(host, port)
+    except NotStarted as error:
         raise CannotListen(
-            f"Cannot listen on {host} port {port} ({error.strerror}); another program may use it. "
+            f"Cannot listen on {host} port {port} ({error}); another program may use it. "
             "Choose another `server.port` or `server.listen` in federation.yaml."
         ) from error
     sock = FewConnections(
         plain, most=MOST_CONNECTIONS, most_per_address=MOST_PER_ADDRESS, seconds=FIRST_SECONDS
     )
     app.keep = sock.keep
-    settings = {
-        "ssl_certfile": str(certificate),
-        "ssl_keyfile": str(key),
-        "timeout_keep_alive": KEEP_ALIVE_SECONDS,
-        "timeout_graceful_shutdown": 2,
-    }
+    waits = {"timeout_keep_alive": KEEP_ALIVE_SECONDS, "timeout_graceful_shutdown": 2}
     try:
-        with served(app, sock, **settings) as bound:
+        with served(app, sock, **tls, **waits) as bound:
             yield bound
     except NotStarted as error:
         raise CannotListen(f"The server could not be started on {host} port {port}.") from error

@@ -1151,8 +1151,8 @@ MAY = {
     # they answer this machine's browser, and ask nobody
     "client/viewer.py": {"fastapi", "starlette"},
     "common/few_connections.py": {"asyncio", "socket"},
-    "common/local_page.py": {"socket", "ssl", "starlette", "urllib", "webbrowser"},
-    "common/served.py": {"uvicorn"},
+    "common/local_page.py": {"socket", "starlette", "urllib", "webbrowser"},
+    "common/served.py": {"socket", "ssl", "uvicorn"},
 }
 PAGES = ("client.viewer", "client.viewing", "common.local_page", "common.served")
 FLOWER_NETWORK = (
