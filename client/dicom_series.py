@@ -4,7 +4,7 @@ Reads classic and enhanced MR series through highdicom, applies the rescale slop
 axes (left, posterior, superior) to NIfTI's. Nothing is registered, resampled or skull-stripped: the
 series must already lie on one grid and be skull-stripped, as BraTS has them, and `sites.checks` then
 refuses what is not. Nothing is repaired: a missing slice, a tilted gantry or two time points in one
-series are refused with the file's name. Needs the extra `dicom`, except for `holds_dicom`.
+series are refused with the file's name. Needs the extra `dicom`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from client.dicom_files import (
     DicomError,
     Series,
     dicom_libraries,
-    holds_dicom,
     numbers_of,
     quiet,
     read_series,
@@ -29,8 +28,6 @@ from client.dicom_files import (
 )
 from client.dicom_roles import choose
 from sites.subject import Subject
-
-__all__ = ["DicomError", "Series", "find_series", "holds_dicom", "subject_from_dicom", "subject_of"]
 
 SUBJECT_ID = "dicom"  # says nothing about the patient
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -51,8 +48,8 @@ def find_series(folder: Path, modalities: Sequence[str]) -> dict[str, Series]:
     return choose(read_series(folder), modalities)
 
 
-def subject_from_dicom(folder: Path, work: Path, modalities: Sequence[str]) -> Subject:
-    """Write each modality's series below `folder` to `work` (`dicom_t1.nii.gz` ...).
+def subject_of(series: Mapping[str, Series], work: Path) -> Subject:
+    """Write each modality's series to `work` (`dicom_t1.nii.gz` ...).
 
     The files hold the voxels (int16 where they are whole numbers, else float32) and where they lie,
     nothing else. `work` should be a private folder: the voxels are the patient's all the same.
@@ -61,11 +58,6 @@ def subject_from_dicom(folder: Path, work: Path, modalities: Sequence[str]) -> S
         DicomError: a series cannot be used, with the file and what to do.
         OSError: `work` cannot be written.
     """
-    return subject_of(find_series(folder, modalities), work)
-
-
-def subject_of(series: Mapping[str, Series], work: Path) -> Subject:
-    """`subject_from_dicom` for series that `find_series` has found."""
     images = {}
     for modality, one in series.items():
         images[modality] = work / f"{SUBJECT_ID}_{modality}.nii.gz"
@@ -77,7 +69,7 @@ def read_volume(series: Series) -> Any:
     """The voxels of a series as a `highdicom.Volume` (slices, rows, columns), rescaled.
 
     Raises:
-        DicomError: as `subject_from_dicom` does.
+        DicomError: as `subject_of` does.
     """
     pydicom, highdicom = dicom_libraries()
     _check_pixels(series, pydicom)

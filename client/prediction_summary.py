@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +11,7 @@ from client.postprocessing import PostProcessing
 from client.postprocessing import in_words as steps_in_words
 from client.prediction import Prediction
 from common.brats import BACKGROUND, STRUCTURES
-from common.csv_cells import csv_cell
+from common.csv_cells import csv_text
 
 Summary = dict[str, Any]
 
@@ -53,42 +51,31 @@ def in_words(summary: Summary) -> str:
 
 def as_csv(summaries: Sequence[Summary]) -> str:
     """One line per subject; one that could not be segmented has its errors in place of volumes."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    columns = ("tumour_entropy", "flip_agreement")
-    table.writerow(
-        [
-            "subject",
-            *(f"{n}_ml" for n in STRUCTURES),
-            *columns,
-            "location",
-            "warnings",
-            "errors",
-            "model",
-            "options",
-        ]
-    )
-    for summary in summaries:
-        volumes = summary.get("millilitres") or {}
-        location = summary.get("location") or {}
-        errors = [
-            f"{f['file']}: {f['what']}" if f["file"] else f["what"]
-            for f in summary["findings"]
-            if f["severity"] == "error"
-        ]
-        table.writerow(
-            [
-                csv_cell(summary["subject"]),
-                *(f"{volumes[n]:.4f}" if n in volumes else "" for n in STRUCTURES),
-                *("" if summary.get(c) is None else f"{summary[c]:.4f}" for c in columns),
-                csv_cell(str(location.get("text", ""))),
-                csv_cell("; ".join(summary.get("warnings", []))),
-                csv_cell("; ".join(errors)),
-                csv_cell(str(summary.get("model", {}).get("sha256", ""))[:12]),
-                csv_cell(options_in_words(summary["options"]) if "options" in summary else ""),
-            ]
-        )
-    return text.getvalue()
+    doubts = ("tumour_entropy", "flip_agreement")
+    volumes = [f"{structure}_ml" for structure in STRUCTURES]
+    last = ("location", "warnings", "errors", "model", "options")
+    return csv_text(["subject", *volumes, *doubts, *last], map(_row, summaries))
+
+
+def _row(summary: Summary) -> list[str]:
+    volumes = summary.get("millilitres") or {}
+    doubts = (summary.get("tumour_entropy"), summary.get("flip_agreement"))
+    location = summary.get("location") or {}
+    errors = [
+        f"{f['file']}: {f['what']}" if f["file"] else f["what"]
+        for f in summary["findings"]
+        if f["severity"] == "error"
+    ]
+    return [
+        summary["subject"],
+        *(f"{volumes[name]:.4f}" if name in volumes else "" for name in STRUCTURES),
+        *("" if value is None else f"{value:.4f}" for value in doubts),
+        str(location.get("text", "")),
+        "; ".join(summary.get("warnings", [])),
+        "; ".join(errors),
+        str(summary.get("model", {}).get("sha256", ""))[:12],
+        options_in_words(summary["options"]) if "options" in summary else "",
+    ]
 
 
 def options_in_words(options: Mapping[str, Any]) -> str:

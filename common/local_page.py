@@ -101,10 +101,9 @@ class Guarded:
         self,
         app: ASGIApp,
         place: Place,
-        policy: str = SAME_PLACE,
         keep: Callable[[object], None] = lambda client: None,
     ) -> None:
-        self._app, self._place, self._policy, self._keep = app, place, policy, keep
+        self._app, self._place, self._keep = app, place, keep
         self.root = f"/{secrets.token_urlsafe(12)}/"  # below which everything is
         self._session = new_token()  # what the cookie holds
 
@@ -120,7 +119,7 @@ class Guarded:
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers["Content-Security-Policy"] = self._policy
+                headers["Content-Security-Policy"] = SAME_PLACE
                 headers["X-Content-Type-Options"] = "nosniff"
                 headers["Referrer-Policy"] = "no-referrer"
                 headers["Cross-Origin-Resource-Policy"] = "same-origin"
@@ -199,7 +198,7 @@ def _is_this_machine(host: str) -> bool:
 
 
 @contextlib.contextmanager
-def serving(app: ASGIApp, place: Place, policy: str = SAME_PLACE) -> Iterator[str]:
+def serving(app: ASGIApp, place: Place) -> Iterator[str]:
     """Serve `app` in a thread while the block runs; yields the address to open, token included.
 
     Raises:
@@ -224,7 +223,7 @@ def serving(app: ASGIApp, place: Place, policy: str = SAME_PLACE) -> Iterator[st
             "another --port; 0 takes a free one."
         ) from error
     sock = FewConnections(listening, most=MOST_CONNECTIONS, seconds=SECONDS)
-    guarded = Guarded(app, place, policy, sock.keep)
+    guarded = Guarded(app, place, sock.keep)
     # without a handler of its own, what it says of hasty browsers would go to standard error
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
     try:

@@ -9,8 +9,9 @@ import pytest
 pydicom = pytest.importorskip("pydicom")
 highdicom = pytest.importorskip("highdicom")
 
+from client.dicom_files import DicomError  # noqa: E402
 from client.dicom_seg import labels_of, write_dicom_seg  # noqa: E402
-from client.dicom_series import DicomError, find_series, subject_from_dicom  # noqa: E402
+from client.dicom_series import find_series, subject_of  # noqa: E402
 from tests.client.dicom_study import (  # noqa: E402
     AFFINE,
     CLASSIC,
@@ -105,7 +106,7 @@ def test_a_predicted_file_on_the_converted_grid_comes_back_in_place(labels, tmp_
     """The way that `predict` goes: DICOM to NIfTI, a segmentation on its grid, DICOM-SEG."""
     source = source_of(tmp_path, plane="sagittal")
     (tmp_path / "work").mkdir()
-    subject = subject_from_dicom(tmp_path, tmp_path / "work", ["flair"])
+    subject = subject_of(find_series(tmp_path, ["flair"]), tmp_path / "work")
     image = nibabel.load(subject.images["flair"])
     to_own = np.linalg.inv(AFFINE) @ image.affine
     index = np.argwhere(np.ones(image.shape, bool))

@@ -15,14 +15,13 @@ highdicom = pytest.importorskip("highdicom")
 
 from pydicom.uid import RLELossless, generate_uid  # noqa: E402
 
-from client.dicom_files import read_series  # noqa: E402
+from client.dicom_files import DicomError, holds_dicom, read_series  # noqa: E402
 from client.dicom_roles import role_of  # noqa: E402
 from client.dicom_series import (  # noqa: E402
-    DicomError,
+    find_series,
     geometry_of,
-    holds_dicom,
     read_volume,
-    subject_from_dicom,
+    subject_of,
 )
 from common.brats import MODALITIES  # noqa: E402
 from sites.checks import examine  # noqa: E402
@@ -50,7 +49,7 @@ def work(tmp_path):
 
 def refusal(folder, work, modalities=("t1",)) -> str:
     with pytest.raises(DicomError) as caught:
-        subject_from_dicom(folder, work, modalities)
+        subject_of(find_series(folder, modalities), work)
     text = str(caught.value)
     assert "\n" not in text
     for about_the_patient in ("SECRET", "Secret", "ller", "1950"):
@@ -65,7 +64,7 @@ def test_every_voxel_is_where_the_scanner_put_it(plane, reverse, voxels, tmp_pat
     files = write_series(
         tmp_path / "s" / "t1", voxels, plane=plane, reverse=reverse, slope=2.0, intercept=-5.0
     )
-    subject = subject_from_dicom(tmp_path / "s", work, ["t1"])
+    subject = subject_of(find_series(tmp_path / "s", ["t1"]), work)
     image = nibabel.load(subject.images["t1"])
     assert nibabel.aff2axcodes(image.affine) == ("L", "P", "S")
     inverse = np.linalg.inv(image.affine)
@@ -97,14 +96,14 @@ def test_every_voxel_is_where_the_scanner_put_it(plane, reverse, voxels, tmp_pat
 
 def test_a_rescale_slope_with_fractions_gives_floats(voxels, tmp_path, work):
     write_series(tmp_path / "s" / "t1", voxels, slope=0.25)
-    image = nibabel.load(subject_from_dicom(tmp_path / "s", work, ["t1"]).images["t1"])
+    image = nibabel.load(subject_of(find_series(tmp_path / "s", ["t1"]), work).images["t1"])
     assert image.get_data_dtype() == np.float32
     assert set(np.unique(image.dataobj)) == set(np.unique(voxels * 0.25))
 
 
 def test_the_files_written_hold_nothing_about_the_patient(voxels, tmp_path, work):
     write_series(tmp_path / "s" / "t1", voxels)
-    subject = subject_from_dicom(tmp_path / "s", work, ["t1"])
+    subject = subject_of(find_series(tmp_path / "s", ["t1"]), work)
     assert subject.id == "dicom"
     assert [path.name for path in work.iterdir()] == ["dicom_t1.nii.gz"]
     image = nibabel.load(subject.images["t1"])
@@ -120,7 +119,7 @@ def test_a_study_passes_the_ordinary_checks(tmp_path, work):
     for modality in MODALITIES:
         brain = np.where(x**2 + y**2 + z**2 < 0.8, rng.integers(200, 900, x.shape), 0)
         write_series(tmp_path / "study" / modality, brain, affine=np.diag([9.0, 10, 9, 1]))
-    subject = subject_from_dicom(tmp_path / "study", work, MODALITIES)
+    subject = subject_of(find_series(tmp_path / "study", MODALITIES), work)
     scan, findings = examine(subject, modalities=MODALITIES, require_labels=False)
     assert scan is not None, findings
     assert not findings
@@ -142,7 +141,7 @@ def test_series_all_mixed_in_one_folder_are_told_apart_by_their_headers(voxels, 
     for number, (modality, elements) in enumerate(HEADERS.items()):
         write_series(folder, voxels + 1000 * number, prefix=modality[::-1], **elements)
     write_series(folder, voxels, prefix="zz", SeriesDescription="Localizer T1")
-    subject = subject_from_dicom(folder, work, MODALITIES)
+    subject = subject_of(find_series(folder, MODALITIES), work)
     assert list(subject.images) == list(MODALITIES)
     for number, path in enumerate(subject.images.values()):
         assert np.asarray(nibabel.load(path).dataobj).min() == 1000 * number
@@ -150,7 +149,7 @@ def test_series_all_mixed_in_one_folder_are_told_apart_by_their_headers(voxels, 
 
 def test_a_folders_name_decides_against_its_header(voxels, tmp_path, work):
     write_series(tmp_path / "s" / "02_T1-ce" / "DICOM", voxels, SeriesDescription="t2 tse")
-    assert list(subject_from_dicom(tmp_path / "s", work, ["t1ce"]).images) == ["t1ce"]
+    assert list(subject_of(find_series(tmp_path / "s", ["t1ce"]), work).images) == ["t1ce"]
 
 
 @pytest.mark.parametrize(
@@ -252,7 +251,7 @@ def test_an_enhanced_multi_frame_image_is_a_series_of_its_own(voxels, tmp_path, 
     write_series(tmp_path / "classic" / "t1", voxels, plane="coronal", slope=2.0, **CLASSIC)
     (tmp_path / "s" / "t1").mkdir(parents=True)
     enhanced(tmp_path / "classic" / "t1", tmp_path / "s" / "t1" / "all.dcm")
-    image = nibabel.load(subject_from_dicom(tmp_path / "s", work, ["t1"]).images["t1"])
+    image = nibabel.load(subject_of(find_series(tmp_path / "s", ["t1"]), work).images["t1"])
     index = np.argwhere(np.ones(SHAPE, bool))
     at = np.rint(nibabel.affines.apply_affine(np.linalg.inv(image.affine) @ AFFINE, index))
     found = np.asarray(image.dataobj)[tuple(at.astype(int).T)]
@@ -279,7 +278,7 @@ def test_a_compressed_series_is_read_where_a_decoder_is_and_else_refused(voxels,
         data = pydicom.dcmread(path)
         data.compress(RLELossless, generate_instance_uid=False)
         data.save_as(path)
-    image = nibabel.load(subject_from_dicom(tmp_path / "s", work, ["t1"]).images["t1"])
+    image = nibabel.load(subject_of(find_series(tmp_path / "s", ["t1"]), work).images["t1"])
     assert set(np.unique(image.dataobj)) == set(np.unique(voxels))
     (work / "dicom_t1.nii.gz").unlink()
 
@@ -305,10 +304,11 @@ def test_without_the_extra_one_line_says_what_to_install(tmp_path):
     program = (
         "import sys; sys.modules['pydicom'] = sys.modules['highdicom'] = None\n"
         "from pathlib import Path\n"
-        "from client.dicom_series import holds_dicom, subject_from_dicom\n"
+        "from client.dicom_files import holds_dicom\n"
+        "from client.dicom_series import find_series\n"
         f"folder = Path({str(tmp_path)!r})\n"
         "assert holds_dicom(folder)\n"
-        "try: subject_from_dicom(folder, folder, ['t1'])\n"
+        "try: find_series(folder, ['t1'])\n"
         "except ValueError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
