@@ -102,8 +102,9 @@ def evaluate(
         from client.hospital_evaluation import NoUsableSubject, evaluate_folder
         from client.prediction import Options
         from common.evaluation_document import as_json as json_text
-        from common.evaluation_document import require_writable, write_evaluation
+        from common.evaluation_document import write_evaluation
         from common.evaluation_table import evaluation_tables
+        from common.files import require_writable
 
         if out is not None:
             require_writable(out)
