@@ -102,8 +102,9 @@ def evaluate(
         from client.hospital_evaluation import NoUsableSubject, evaluate_folder
         from client.prediction import Options
         from common.evaluation_document import as_json as json_text
-        from common.evaluation_document import require_writable, write_evaluation
+        from common.evaluation_document import write_evaluation
         from common.evaluation_table import evaluation_tables
+        from common.files import require_writable
 
         if out is not None:
             require_writable(out)
@@ -125,26 +126,23 @@ def evaluate(
                 print_findings(error.findings)
             raise
         written = write_evaluation(document, out) if out is not None else ()
-        about_pictures = ""
-        if pictures and out is not None:
+        if as_json:
+            print(json_text(document), flush=True)
+        else:
+            from client.finding_table import print_findings
+            from sites.finding import Finding
+
+            print_findings([Finding(**found) for found in document["findings"]])
+            standard_output().print(evaluation_tables(document))
+            if written:
+                names = ", ".join(printable(str(path)) for path in written)
+                print(f"Results: {names}", flush=True)
+        if pictures and out is not None:  # last, so that a failure costs nothing but them
             from client.evaluation_pictures import FOLDER, STAY_HERE, draw_pictures
 
             draw_pictures(document, model, data, out / FOLDER, cache=cache, options=options)
-            about_pictures = f"Pictures: {printable(str(out / FOLDER))}. {STAY_HERE}"
-        if as_json:
-            print(json_text(document))
-            if about_pictures:
-                print(about_pictures, file=sys.stderr)
-            return
-        from client.finding_table import print_findings
-        from sites.finding import Finding
-
-        print_findings([Finding(**found) for found in document["findings"]])
-        standard_output().print(evaluation_tables(document))
-        if written:
-            print("Results: " + ", ".join(printable(str(path)) for path in written))
-        if about_pictures:
-            print(about_pictures)
+            about = f"Pictures: {printable(str(out / FOLDER))}. {STAY_HERE}"
+            print(about, file=sys.stderr if as_json else sys.stdout)
 
 
 def _foreseen() -> tuple[type[Exception], ...]:

@@ -1,5 +1,7 @@
 """Does an input look like what the model was trained on, and does its prediction look trustworthy?
 
+A simple out-of-distribution detection.
+
 The model holds no statistics of its training data, for those would have left the hospitals. So three
 things stand in: facts that every BraTS scan has, and this input lacks; signs in the prediction itself;
 and, if the hospital has made one, a reference of its own earlier subjects (robust z-scores against
@@ -204,13 +206,14 @@ def _of_the_images(features: Mapping[str, float], found: Collection[str]) -> lis
     def alike(a: str, b: str) -> float | None:
         return features.get(f"alike/{a}-{b}")
 
-    t1, t1_t2, t1ce_t2 = alike("t1", "t1ce"), alike("t1", "t2"), alike("t1ce", "t2")
+    t1 = alike("t1", "t1ce")
+    t2 = [a for a in (alike("t1", "t2"), alike("t1ce", "t2")) if a is not None]
     if t1 is not None and t1 < 0.2:
         warnings.append(
             "t1 and t1ce do not look alike, as they should: two modalities are swapped, or one has "
             "inverted contrast"
         )
-    elif t1 is not None and None not in (t1_t2, t1ce_t2) and t1 < max(t1_t2 or -1, t1ce_t2 or -1):
+    elif t1 is not None and len(t2) == 2 and t1 < max(t2):
         warnings.append("t2 looks more like a t1 than t1 and t1ce do: modalities may be swapped")
     flair = [a for a in (alike("t1", "flair"), alike("t1ce", "flair")) if a is not None]
     if flair and max(flair) < -0.2:

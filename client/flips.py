@@ -1,4 +1,4 @@
-"""Test-time flips: the mean of a network's probabilities over the mirror images of a subject.
+"""Test-time augmentation by flips: the mean of a network's probabilities over the mirror images of a subject.
 
 Training flips every axis at random (`training.augment.flip`), so each mirror image is as ordinary to
 the network as the image itself, and their mean is steadier than any one of them. How far they agree

@@ -133,6 +133,8 @@ def predict(
         raise typer.BadParameter(f"{subjects} is no folder.", param_hint="SUBJECT_OR_FOLDER")
     if not model.is_file():
         raise typer.BadParameter(f"{model} is no file.", param_hint="MODEL")
+    if single and not out.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{out.parent} is no folder.", param_hint="OUT")
     if single and write_reference is not None:
         raise typer.BadParameter(
             "goes with a folder of subjects and a folder OUT.", param_hint="--write-reference"
@@ -158,9 +160,13 @@ def predict(
         from client.familiarity import load_reference
         from client.prediction import Options, load_model
         from client.prediction_folder import Job
+        from common.files import require_writable
         from common.weights import file_sha256
         from sites.subject import discover
 
+        require_writable(out.parent if single else out)
+        if write_reference is not None:
+            require_writable(write_reference.parent)
         loaded = load_model(model)
         digest = file_sha256(model)
         usual = None if reference is None else load_reference(reference, model=digest, flips=flips)

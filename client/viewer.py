@@ -72,6 +72,8 @@ def viewer_app(viewing: Viewing) -> FastAPI:
             file, path = viewing.new_file()
         except Busy:
             return _busy()
+        except OSError as error:
+            return _not_kept(error)
         try:
             with file:
                 size = 0
@@ -88,7 +90,7 @@ def viewer_app(viewing: Viewing) -> FastAPI:
         except Unusable as refused:
             return _unusable(refused)
         except OSError as error:
-            return _problem(507, f"It could not be kept ({error.strerror}). Free disk space.")
+            return _not_kept(error)
         finally:
             path.unlink(missing_ok=True)
         return JSONResponse(about)
@@ -130,6 +132,10 @@ def _unusable(refused: Unusable) -> Response:
 
 def _busy() -> Response:
     return _problem(409, "A segmentation is running. Wait for it; one is made at a time.")
+
+
+def _not_kept(error: OSError) -> Response:
+    return _problem(507, f"It could not be kept ({error.strerror}). Free disk space.")
 
 
 def _too_large() -> Response:

@@ -54,7 +54,7 @@ def view(
         from client.prediction import load_model
         from client.viewer import viewer_app
         from client.viewing import Unusable, Viewing
-        from common.local_page import Place, has_screen, open_in_browser, serving
+        from common.local_page import Place, open_in_browser, serving
 
         found = None if subject is None else _only_subject(subject)
         loaded = None if model is None else load_model(model)
@@ -74,7 +74,7 @@ def view(
             with serving(viewer_app(viewing), Place(port=port)) as address:
                 print(address)
                 print(f"Only this machine can open it. Ctrl-C ends it. {NOT_A_DEVICE}", flush=True)
-                if open_page and has_screen():
+                if open_page:
                     open_in_browser(address, Path(private))
                 stop.wait()
         print("Ended; uploaded scans are deleted.", flush=True)

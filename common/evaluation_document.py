@@ -5,10 +5,8 @@ The document holds subject ids and per-subject results, so it stays where the sc
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -81,19 +79,6 @@ def evaluation_document(
 
 def as_json(document: Mapping[str, Any]) -> str:
     return json.dumps(document, indent=1, allow_nan=False)
-
-
-def require_writable(out: Path) -> None:
-    """Before hours of computing: can `write_evaluation` make `out`? Makes nothing.
-
-    Raises:
-        OSError: it cannot; or it, or what it lies in, is no folder.
-    """
-    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    if not place.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
 
 
 def write_evaluation(document: Mapping[str, Any], out: Path) -> tuple[Path, ...]:

@@ -180,3 +180,16 @@ def ask_to_stop(path: Path, seconds: float) -> bool:
             return False
         time.sleep(0.1)
     return True
+
+
+def require_writable(out: Path) -> None:
+    """Before hours of computing: can the folder `out` be made and written to? Makes nothing.
+
+    Raises:
+        OSError: it cannot; or it, or what it lies in, is no folder.
+    """
+    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))

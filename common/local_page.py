@@ -241,7 +241,7 @@ def _address(place: Place, port: int, root: str) -> str:
     return f"{place.scheme}://{host}:{port}{root}?token={place.token}"
 
 
-def has_screen() -> bool:
+def _has_screen() -> bool:
     """Without one, webbrowser may start a text browser in this terminal."""
     return sys.platform == "darwin" or any(
         os.environ.get(n) for n in ("DISPLAY", "WAYLAND_DISPLAY")
@@ -249,8 +249,12 @@ def has_screen() -> bool:
 
 
 def open_in_browser(address: str, private: Path) -> None:
-    """By way of a file in `private`, a folder that only this account can open: every account can read
+    """Nothing happens on a machine without a screen.
+
+    By way of a file in `private`, a folder that only this account can open: every account can read
     a browser's command line, and the token."""
+    if not _has_screen():
+        return
     page = private / "open.html"
     target = html.escape(address)
     page.write_text(f'<meta http-equiv="refresh" content="0; url={target}">', encoding="utf-8")

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from common.console import failing_in_words, start_logging
+from common.console import failing_in_words, printable, start_logging
 
 LOG = logging.getLogger("fedbrats")
 PORT = 8050
@@ -95,7 +95,7 @@ def _serve(path: Path, host: str, port: int, insecure: bool, open_browser: bool)
         tempfile.TemporaryDirectory(prefix="fedbrats-page-", ignore_cleanup_errors=True) as private,
         serving_dashboard(path, place) as address,
     ):
-        print(f"Dashboard of {path}: {address}", flush=True)
+        print(f"Dashboard of {printable(str(path))}: {address}", flush=True)
         print("Whoever knows this whole address can look; it changes with every start.")
         print("Ctrl-C ends the page, and nothing else.", flush=True)
         if open_browser:

@@ -197,7 +197,12 @@ class History:
 
     def noted(self, key: str) -> object | None:
         rows = self._read("SELECT value FROM run WHERE key = ?", key)
-        return json.loads(rows[0][0]) if rows else None
+        try:
+            return json.loads(rows[0][0]) if rows else None
+        except ValueError as error:
+            raise HistoryError(
+                f"{self._path}: the run's history cannot be read ({error}). Restore the file."
+            ) from error
 
     def record_sites(self, cards: Sequence[SiteCard]) -> None:
         """Who takes part, in place of whom an earlier attempt had."""

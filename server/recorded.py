@@ -7,8 +7,7 @@ hide theirs, as `server.shown_names` does for an exported model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from common.messages import EXACT, NOISED, WITHHELD, SiteCard
 from common.metrics import SiteMetrics
-from server.history import History, HistoryError, RoundRecord
+from server.history import History, RoundRecord
 from server.privacy_report import aggregation_in_words, privacy_document
 from server.shown_names import (
     named_in,
@@ -74,7 +73,7 @@ def read_recorded(
     Raises:
         HistoryError: it cannot be read.
     """
-    with _read(path) as history:
+    with History(path, copied=True) as history:
         noted = history.noted("terms")
         init = history.noted("init_from")
         judged, records, cards = verdict(history), history.rounds(), history.sites()
@@ -143,15 +142,3 @@ def published(recorded: Recorded) -> Recorded:
         privacy={**recorded.privacy, "sites": privacy_sites},
         sites=tuple(sorted(names.get(site, site) for site in recorded.sites)),
     )
-
-
-@contextmanager
-def _read(path: Path) -> Iterator[History]:
-    """The history as it is at this moment, between two transactions of whoever writes it."""
-    try:
-        with History(path, copied=True) as history:
-            yield history
-    except ValueError as error:  # what should be JSON in it is none
-        raise HistoryError(
-            f"{path}: the run's history cannot be read ({error}). Restore the file."
-        ) from error

@@ -35,7 +35,7 @@ def report(
     """
     start_logging()
     with _failing():
-        from common.files import lock_holder
+        from common.files import lock_holder, require_writable
         from server.checkpoint import RunFolder
         from server.coordinator import CoordinatorError, federation_id, load_coordinator
         from server.enrolment import keys_of_all
@@ -46,6 +46,7 @@ def report(
         coordinator = load_coordinator(folder)
         default = folder / ("report-publishable" if publishable else "report")
         page = page_path(out or default)
+        require_writable(page.parent)
         run = RunFolder(coordinator.run)
         if not run.history.exists():
             raise CoordinatorError(f"{folder}: no run has begun, so there is nothing to report.")
@@ -63,9 +64,9 @@ def report(
             running=lock_holder(coordinator.lock) is not None,
         )
         figures = write_report(made, page)
-    print(f"Page: {page}")
+    print(f"Page: {printable(str(page))}")
     if figures:
-        print(f"Figures: {figures[0].parent} ({len(figures)} files)")
+        print(f"Figures: {printable(str(figures[0].parent))} ({len(figures)} files)")
     print(printable(made.state))  # it names sites
 
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from common.config_file import ConfigError, load_config
 from common.metrics import REGIONS, SiteMetrics, mean_dice
 from server.dashboard_state import Source, statements_with_epsilon
-from server.history import TRAINING, History, RoundRecord
+from server.history import TRAINING, History, HistoryError, RoundRecord
 from server.shown_names import shown_names
 from server.tables import average
 
@@ -85,23 +85,30 @@ class Numbers:
 def track(source: Source, targets: Sequence[Target], *, follow: bool) -> dict[str, int]:
     """Copy what is new; with `follow` until the run is complete. How many numbers were added, by target.
 
-    A target that fails while it is followed, a server that is restarted, say, is tried again.
+    What fails while it is followed is tried again: a target, as a server that is restarted, or a history
+    that is locked, or whose run was killed in the middle of writing.
 
     Raises:
         NotTracked: no round is complete yet (without `follow`), or a target cannot be used.
-        HistoryError: the run's history is damaged.
+        HistoryError: the run's history cannot be read (without `follow`).
     """
     added = dict.fromkeys((target.name for target in targets), 0)
     opened, seen, said = False, None, ""
     while True:
         stamp = _stamp(source.run.history)
-        numbers = numbers_of(source) if stamp not in (seen, None) else None
+        numbers, failed = None, ""
+        try:
+            if stamp not in (seen, None):
+                numbers = numbers_of(source)
+        except HistoryError as error:
+            if not follow:
+                raise
+            failed = str(error)
         if numbers is not None and not opened:
             for target in targets:
                 target.open(numbers)
             opened = True
         if numbers is not None:
-            failed = ""
             for target in targets:
                 try:
                     points = numbers.without_hidden_names() if target.hides else numbers.points
@@ -112,10 +119,11 @@ def track(source: Source, targets: Sequence[Target], *, follow: bool) -> dict[st
                     if not follow:
                         raise
                     failed = str(error)
-            if failed and failed != said:
-                LOG.warning(f"{failed} (tried again every {LOOK_SECONDS:g} s)")
-            if numbers.complete and not failed:
-                return added
+        if failed and failed != said:
+            LOG.warning(f"{failed} (tried again every {LOOK_SECONDS:g} s)")
+        if numbers is not None and numbers.complete and not failed:
+            return added
+        if numbers is not None or failed:
             said, seen = failed, None if failed else stamp
         if not follow:
             if not opened:

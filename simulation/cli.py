@@ -242,15 +242,18 @@ def report(
     """
     start_logging()
     with _failing_in_words():
+        from common.files import require_writable
         from server.report import page_path, write_report
         from simulation.report import simulations_report
 
         page = page_path(out or run / "report")
+        if out is not None or run.is_dir():  # that there is no RUN is said otherwise
+            require_writable(page.parent)
         made = simulations_report(run)
         figures = write_report(made, page)
-        print(f"Page: {page}")
+        print(f"Page: {printable(str(page))}")
         if figures:
-            print(f"Figures: {figures[0].parent} ({len(figures)} files)")
+            print(f"Figures: {printable(str(figures[0].parent))} ({len(figures)} files)")
         print(printable(made.state))  # it names sites
 
 

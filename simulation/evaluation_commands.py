@@ -54,8 +54,9 @@ def evaluate(
             raise typer.BadParameter(f"{out} is no folder.", param_hint="--out")
         from client.prediction import Options
         from common.evaluation_document import as_json as json_text
-        from common.evaluation_document import require_writable, write_evaluation
+        from common.evaluation_document import write_evaluation
         from common.evaluation_table import evaluation_tables
+        from common.files import require_writable
         from simulation.evaluation import evaluate_run, evaluation_folder
 
         options = Options(flips=flips, postprocess=steps)

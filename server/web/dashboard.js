@@ -40,6 +40,9 @@ function size(bytes) {
   return bytes ? `${(bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0)} MB` : "–";
 }
 
+// in the browser's time zone, as every time on this page
+const when = (stamp) => (stamp ? new Date(stamp).toLocaleString() : "–");
+
 const last = (list) => (list && list.length ? list[list.length - 1] : null);
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
@@ -170,7 +173,7 @@ function showSites() {
       seconds(last(about?.seconds)), size(about?.bytes),
       ...(anyEpsilon ? [`${number(about?.epsilon_spent, 2)} / ${number(about?.budget, 1)}`] : []),
       about?.trains === false ? "no" : about?.n_training ?? "–", about?.n_held_out ?? "–",
-      about?.contributed ?? "–", now?.last_contact?.replace("T", " ").slice(0, 19) ?? "–",
+      about?.contributed ?? "–", when(now?.last_contact),
     ];
     const released = about?.released ? ` (metrics ${about.released})` : "";
     return element("tr", {}, element("th", { scope: "row", title: site }, swatch(index), site),

@@ -143,6 +143,24 @@ def test_pictures_are_files_that_only_their_owner_reads_and_the_output_says_wher
     assert "For research; not a medical device." in (pictures / "slices.svg").read_text()
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_picture_that_fails_costs_no_number(model, hospital, tmp_path, monkeypatch, as_json):
+    def fails(*_arguments, **_more):
+        raise OSError(28, "No space left on device", "slices.png")
+
+    monkeypatch.setattr(module, "draw_pictures", fails)
+    more = ["--json"] if as_json else []
+    done = fed_client(model, hospital, "--out", tmp_path / "out", "--pictures", *more)
+    assert done.exit_code == 1
+    assert "slices.png: No space left on device" in done.stderr
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    if as_json:
+        assert json.loads(done.stdout) == written
+    else:
+        assert str(tmp_path / "out" / "evaluation.json") in done.stdout
+        assert "hd95" in done.stdout.lower()
+
+
 def test_pictures_use_the_cache_and_without_one_leave_no_scan(
     model, hospital, tmp_path, undrawn, monkeypatch
 ):

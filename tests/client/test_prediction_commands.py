@@ -170,6 +170,7 @@ def test_wrong_usage_is_exit_code_2_and_writes_nothing(model, patients, subject,
         (model, tmp_path / "gone", out),
         (tmp_path / "gone", subject, out),
         (model, patients, out),
+        (model, subject, tmp_path / "gone" / "out.nii.gz"),
         (model, subject, out, "--postprocess", "best"),
         (model, subject, out, "--threshold", "2"),
         (model, subject, out, "--threshold", "nan"),
@@ -183,6 +184,22 @@ def test_wrong_usage_is_exit_code_2_and_writes_nothing(model, patients, subject,
         done = predict(*arguments)
         assert done.exit_code == 2, arguments
     assert {path.name for path in tmp_path.iterdir()} == {"patients"}
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(
+    model, patients, subject, tmp_path, monkeypatch
+):
+    """Root may write everywhere, so that the answer is made up."""
+    (closed := tmp_path / "closed").mkdir()
+    monkeypatch.setattr("client.prediction.load_model", lambda path: pytest.fail("it began"))
+    monkeypatch.setattr("common.files.os.access", lambda place, mode: place != closed)
+    for arguments in (
+        (model, subject, closed / "out.nii.gz"),
+        (model, patients, closed / "new"),
+        (model, patients, tmp_path / "new", "--write-reference", closed / "r.json"),
+    ):
+        done = predict(*arguments)
+        assert (done.exit_code, f"{closed}: Permission denied" in done.stderr) == (1, True)
 
 
 def test_a_scan_is_never_written_over(model, subject):

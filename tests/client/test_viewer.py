@@ -511,3 +511,15 @@ def test_wrong_usage_and_unusable_subjects_are_said_in_words(
     broken.write_bytes(io.BytesIO(b"pickle").read())
     code, text = run(folder, "--model", broken)
     assert (code, "model.safetensors" in text) == (1, True)
+
+
+def test_an_upload_that_a_full_disk_does_not_even_begin_is_refused_in_words(waiting, monkeypatch):
+    _, client = waiting
+
+    def full(**_more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(viewing.tempfile, "NamedTemporaryFile", full)
+    answer = client.put("/api/upload/t1", content=b"x")
+    assert answer.status_code == 507
+    assert "No space left on device" in answer.json()["problems"][0]["what"]

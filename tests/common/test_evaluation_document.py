@@ -16,7 +16,6 @@ from common.evaluation_document import (
     EvaluationError,
     evaluation_document,
     read_evaluation,
-    require_writable,
     results_in,
     subjects_csv,
     summary_csv,
@@ -147,11 +146,3 @@ def test_what_is_no_evaluation_is_refused_in_words(tmp_path):
             read_evaluation(tmp_path / "evaluation.json")
     with pytest.raises(EvaluationError, match="No such file"):
         read_evaluation(tmp_path / "gone.json")
-
-
-def test_a_place_that_cannot_be_written_is_told_before(tmp_path):
-    require_writable(tmp_path / "new" / "deeper")
-    assert not (tmp_path / "new").exists()
-    (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError):
-        require_writable(tmp_path / "file" / "out")

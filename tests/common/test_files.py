@@ -18,6 +18,7 @@ from common.files import (
     lock_holder,
     locked,
     remove_leftovers,
+    require_writable,
     write_atomically,
     write_text_atomically,
     write_together,
@@ -274,3 +275,11 @@ def test_what_a_killed_process_left_goes_and_what_a_running_one_writes_stays(tmp
     remove_leftovers(path)
     assert not left.exists()
     assert all(other.exists() for other in others)
+
+
+def test_a_place_that_cannot_be_written_is_told_before(tmp_path):
+    require_writable(tmp_path / "new" / "deeper")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        require_writable(tmp_path / "file" / "out")

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import http.client
 import json
+import os
 import re
 import socket
 import ssl
@@ -210,6 +211,27 @@ def test_what_cannot_be_served_is_said(run, tmp_path):
         assert f"port {port} (Address already in use)" in said(str(run), "--port", port, code=1)
     result = CliRunner().invoke(server_cli, ["dashboard", str(run)])
     assert (result.exit_code, "no coordinator's folder" in result.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("screen", [True, False])
+def test_open_needs_a_screen_and_a_path_need_not_be_text(run, tmp_path, monkeypatch, screen):
+    """Without a screen a text browser could start in the terminal."""
+    from simulation.cli import app as sim_cli
+
+    def ctrl_c() -> None:
+        raise KeyboardInterrupt
+
+    opened: list[str] = []
+    monkeypatch.setattr("common.local_page.sys.platform", "linux")
+    monkeypatch.setattr("common.local_page.webbrowser.open", opened.append)
+    monkeypatch.setattr("server.dashboard_commands._wait_for_ever", ctrl_c)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.setenv("DISPLAY", ":0" if screen else "")
+    named = run.rename(tmp_path / os.fsdecode(b"r\xe9seau"))
+    result = CliRunner().invoke(sim_cli, ["dashboard", str(named), "--port", "0", "--open"])
+    assert result.exit_code == 0, result.output
+    assert f"Dashboard of {tmp_path}/r?seau: http://127.0.0.1:" in result.stdout
+    assert len(opened) == screen
 
 
 def test_start_serves_it_beside_and_goes_on_where_it_cannot(tmp_path, tiny_config, monkeypatch):

@@ -292,3 +292,13 @@ def test_a_table_that_was_added_since_does_not_make_another_version(tmp_path):
     for copied in (True, False):
         with History(tmp_path / "h", copied=copied) as history:
             assert [r.round for r in history.rounds()] == [1]
+
+
+def test_a_note_that_is_no_json_is_told_in_words(tmp_path):
+    path = tmp_path / "history.sqlite"
+    with History(path) as history:
+        history.note("terms", [])
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE run SET value = '{'")
+    with History(path) as history, pytest.raises(HistoryError, match=r"history.sqlite: .*Restore"):
+        history.noted("terms")

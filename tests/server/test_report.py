@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sqlite3
 from dataclasses import replace
@@ -381,6 +382,24 @@ def test_where_the_page_cannot_be_is_said_before_anything_is_made(tmp_path):
     under = one_line(report(folder.path, "--out", tmp_path / "file" / "x"))
     assert str(tmp_path / "file") in under
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_work(tmp_path, monkeypatch):
+    """Root may write everywhere, so that the answer is made up."""
+    folder = made(tmp_path)
+    (closed := tmp_path / "closed").mkdir()
+    monkeypatch.setattr("server.recorded.read_recorded", lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr("common.files.os.access", lambda place, mode: place != closed)
+    said = one_line(report(folder.path, "--out", closed / "x" / "page.html"))
+    assert f"{closed}: Permission denied" in said
+
+
+def test_a_path_that_is_no_text_is_printed_all_the_same(tmp_path, undrawn):
+    place = tmp_path / os.fsdecode(b"b\xe9richt")
+    done = report(made(tmp_path).path, "--out", place)
+    assert done.exit_code == 0, done.output
+    assert f"Page: {tmp_path}/b?richt/report.html" in done.stdout
+    assert (place / "report.html").exists()
 
 
 def test_out_is_a_file_or_a_folder(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from common.config_file import dump_config
 from common.messages import SiteCard
 from server import tracking, tracking_targets
 from server.dashboard_state import Source
-from server.history import Contribution, History, RoundRecord
+from server.history import Contribution, History, HistoryError, RoundRecord
 from server.tracking import FEDERATION, NotTracked, numbers_of, track
 from server.tracking_targets import MLflow, TensorBoard, name_there, without_password
 from simulation.cli import app
@@ -310,6 +311,35 @@ def test_following_ends_with_the_run_and_outlives_a_target_that_fails(
     following.join(30)
     assert found == [len(numbers_of(Source(run)).points)]
     assert [step for step, _ in events(place / "a")["dice/WT"]] == [1, 2, 3]
+
+
+@needs_tensorboard
+def test_following_outlives_a_history_that_cannot_be_read_for_a_while(
+    run, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(tracking, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr("server.history.COPY_SECONDS", 0.02)
+    monkeypatch.setattr(tracking.LOG, "propagate", True)
+    finish(run)
+    looks, numbers_as_told = [], tracking.numbers_of
+    holder = sqlite3.connect(run / "history.sqlite", isolation_level=None, check_same_thread=False)
+    holder.execute("BEGIN EXCLUSIVE")
+
+    def watched(source: Source) -> Any:
+        looks.append(source)
+        if len(looks) == 4:
+            holder.rollback()
+        return numbers_as_told(source)
+
+    monkeypatch.setattr(tracking, "numbers_of", watched)
+    with pytest.raises(HistoryError, match="locked"):
+        tensorboard(run, tmp_path / "logs")
+    assert tensorboard(run, tmp_path / "logs", follow=True) == len(
+        numbers_as_told(Source(run)).points
+    )
+    holder.close()
+    assert len(looks) == 4
+    assert sum("tried again" in record.getMessage() for record in caplog.records) == 1
 
 
 @needs_tensorboard

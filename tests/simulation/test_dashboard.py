@@ -179,3 +179,26 @@ def test_final_numbers_that_are_not_exact_are_marked_and_charts_leave_no_hole(tm
             f"a plot as wide as its place, {plot}",
         )
         assert complaints(browser) == []
+
+
+def test_the_last_contact_is_told_in_the_time_zone_of_the_browser(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    with History(run / "history.sqlite") as history:
+        of = {name: metrics(0.5, 0.5, 0.5) for name in ("a", "b")}
+        history.record_round(a_round(1, of))
+    told = {
+        "a": {"state": "training", "last_contact": "2026-11-24T23:10:00.123456+00:00"},
+        "b": {"state": "training", "last_contact": None},
+    }
+    monkeypatch.setattr("server.dashboard.site_states", lambda *_: told)
+    with chromium(tmp_path / "profile") as browser, serving_dashboard(run, Place()) as address:
+        zone = {"timezoneId": "Asia/Kolkata"}  # five and a half hours ahead
+        browser.execute_cdp_cmd("Emulation.setTimezoneOverride", zone)
+        browser.get(address)
+        cell = "#site-table tbody td:last-child"
+        eventually(lambda: "training" in words(browser, "#site-table tbody"), "the states")
+        a, b = words(browser, cell).splitlines()
+        assert "25" in a
+        assert "4:40:00" in a
+        assert b == "–"

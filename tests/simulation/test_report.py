@@ -290,3 +290,12 @@ def test_no_run_is_said_in_a_line(tmp_path):
         f"fed-sim: {tmp_path} holds no run; make one with: fed-sim run DATA --out {tmp_path}"
     ]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_work(tmp_path, monkeypatch):
+    """Root may write everywhere, so that the answer is made up."""
+    (closed := tmp_path / "closed").mkdir()
+    monkeypatch.setattr("simulation.report.simulations_report", lambda run: pytest.fail("it began"))
+    monkeypatch.setattr("common.files.os.access", lambda place, mode: place != closed)
+    done = report(tmp_path, "--out", closed / "page.html")
+    assert (done.exit_code, f"{closed}: Permission denied" in done.stderr) == (1, True)
