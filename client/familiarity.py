@@ -260,15 +260,16 @@ def _of_the_postprocessing(features: Mapping[str, float]) -> list[str]:
         removed = features.get(f"removed_ml/{region}", 0.0)
         if found > 0 and removed >= found * (MUCH if region == "WT" else 1):
             warnings.append(
-                f"post-processing removed {_ml(removed)} of {_ml(found)} ml of {words} that the network "
-                "found; --postprocess none shows it"
+                f"post-processing removed {millilitres(removed)} of {millilitres(found)} ml of {words} "
+                "that the network found; --postprocess none shows it"
             )
             if removed == found:
                 break  # hence its parts too
     return warnings
 
 
-def _ml(volume: float) -> str:
+def millilitres(volume: float) -> str:
+    """With a decimal, or two digits where that would hide a small focus."""
     return f"{volume:.1f}" if volume >= 1 else f"{volume:.2g}"
 
 

@@ -422,6 +422,7 @@ def _print_table(summaries: Sequence[Summary]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from client.familiarity import millilitres
     from common.brats import STRUCTURES
     from common.console import standard_output
 
@@ -440,7 +441,7 @@ def _print_table(summaries: Sequence[Summary]) -> None:
         remark = "; ".join(summary["warnings"]) if summary["files"] else "not segmented"
         table.add_row(
             Text(printable(summary["subject"]).replace("\n", "?")),
-            *(f"{volumes[name]:.1f}" if name in volumes else "" for name in STRUCTURES),
+            *(millilitres(volumes[name]) if name in volumes else "" for name in STRUCTURES),
             "" if entropy is None else f"{entropy:.2f}",
             Text(printable(str(location))),
             Text(printable(remark)),

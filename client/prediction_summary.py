@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from client.familiarity import millilitres
 from client.location import describe
 from client.postprocessing import PostProcessing
 from client.postprocessing import in_words as steps_in_words
@@ -41,7 +42,7 @@ def location_of(prediction: Prediction) -> Summary | None:
 def in_words(summary: Summary) -> str:
     """One line: volumes, location, how sure the model is."""
     volumes = summary["millilitres"]
-    parts = [", ".join(f"{name} {volumes[name]:.1f} ml" for name in STRUCTURES)]
+    parts = [", ".join(f"{name} {millilitres(volumes[name])} ml" for name in STRUCTURES)]
     if summary["location"] is not None:
         parts.append(str(summary["location"]["text"]))
     if summary["tumour_entropy"] is not None:

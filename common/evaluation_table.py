@@ -31,7 +31,7 @@ def evaluation_tables(document: Mapping[str, Any]) -> Group:
     return Group(
         f"Dice on {_subjects_of(document)}, mean and {share} interval",
         _table(sites, totals, [("Dice", "dice", 3, True)], n),
-        "HD95 in mm and lesion-wise Dice (BraTS 2023), means",
+        "HD95 in mm and lesion-wise Dice (BraTS 2023: true lesions of 50 mm³ or less are not counted), means",
         _table(
             sites,
             totals,

@@ -44,8 +44,9 @@ def evaluation_section(document: Mapping[str, Any] | None) -> Section:
         return Section(
             "evaluation",
             TITLE,
-            tables=[Table(_HEADINGS, rows, caption)],
-            remarks=[*fairness_lines(document), *map(str, document["remarks"])],
+            list(fairness_lines(document)),
+            [Table(_HEADINGS, rows, caption)],
+            remarks=list(map(str, document["remarks"])),
         )
     except (LookupError, TypeError, ValueError, AttributeError):
         return Section("evaluation", TITLE, [DAMAGED])

@@ -176,9 +176,7 @@ def _report_missing(subject: Subject, roles: list[str], report: Report) -> None:
             remedy = f"Add {subject.id}_seg.nii.gz, or leave the subject out of training."
         else:
             code, what = "missing-modality", f"modality {role} is missing"
-            remedy = (
-                f"Add {subject.id}_{role}.nii.gz, or let the federation agree on fewer modalities."
-            )
+            remedy = f"Add {subject.id}_{role}.nii.gz, or use a federation, or a model, of fewer modalities."
         report("", "error", code, what + ".", remedy + hint)
 
 
