@@ -452,6 +452,7 @@ def test_the_browser_is_given_the_token_in_a_private_file(tmp_path, monkeypatch)
     """A command line, and so a token in it, can be read by every account."""
     opened: list[str] = []
     monkeypatch.setattr(local_page.webbrowser, "open", opened.append)
+    monkeypatch.setenv("DISPLAY", ":0")
     local_page.open_in_browser("http://127.0.0.1:1/r/?token=a&b", tmp_path)
     assert "token" not in opened[0]
     text = Path(opened[0].removeprefix("file://")).read_text()

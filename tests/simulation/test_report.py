@@ -238,7 +238,7 @@ def test_a_kept_evaluation_is_in_the_report_and_its_absence_is_said(copied, monk
     interval = f"{of['ci_low']:.1f}–{of['ci_high']:.1f}"
     assert rows["HD95 WT"][:3] == [f"{of['mean']:.1f}", interval, "3"]
     assert "lesion-wise Dice ET" in rows
-    text = " ".join(after["evaluation"].remarks)
+    text = " ".join([*after["evaluation"].text, *after["evaluation"].remarks])
     worst = document["fairness"]["sites"]["regions"]["worst"]
     assert f"{worst['site']} {worst['dice']:.3f}" in text
     assert "Grade HGG" in text
