@@ -31,9 +31,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray,dicom,tensorboard,mlflow]'
-	touch $@
+	touch $(VENV)/.installed $@
 
 # The pages are tested in Debian's Chromium. Who is not root installs it, or these tests are skipped.
 chromium:

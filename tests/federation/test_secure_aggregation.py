@@ -93,6 +93,7 @@ def test_a_hospital_that_demands_it_refuses_a_federation_without_it(new_federati
     assert departures(f.hospitals[site].audit) == []
 
 
+@pytest.mark.long
 def test_a_hospital_admitted_while_it_runs_waits_for_the_others_yes(
     new_federation, scans, cohort_cache
 ):

@@ -37,7 +37,7 @@ def test_grades_of_each_site_are_counted_and_nothing_is_said_where_none_is_known
 def test_one_subject_has_no_interval_and_one_site_no_spread():
     section = evaluation_section(document(RESULTS[:1]))
     assert section.tables[0].rows[0] == ["Dice WT", "0.900", "-", "1", "0.900", "-", "1"]
-    assert section.remarks[0] == "Only one site: no spread between sites."
+    assert section.text[0] == "Only one site: no spread between sites."
     assert "90%" in section.tables[0].caption
     assert section.remarks[-1] == "Remember."
 
