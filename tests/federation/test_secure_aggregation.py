@@ -48,6 +48,7 @@ def test_the_server_never_sees_an_update_and_the_model_is_the_same(new_federatio
     assert all(c["trained"] for c in f.results()["rounds"][0]["contributions"])
 
 
+@pytest.mark.long
 def test_a_hospital_killed_in_mid_round_drops_out_and_comes_back(
     new_federation, scans, cohort_cache
 ):
