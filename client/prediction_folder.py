@@ -136,9 +136,13 @@ def segment_all(
             _replace(entries, out, _failed(finding.subject, unusable))
         _write_list(entries, out)
         for subject in track(subjects, "segmenting", len(subjects), "subjects"):
-            identity = _identity(job, subject)
+            scans = _scans(subject)
             before = entries.get(subject.id)
-            if before is not None and before.get("made_by") == identity and _intact(before, out):
+            if (
+                before is not None
+                and before.get("made_by") == _identity(job, scans)
+                and _intact(before, out)
+            ):
                 findings = before["findings"]
                 codes = {finding["code"] for finding in findings}
                 entries[subject.id] = before | {
@@ -150,7 +154,7 @@ def segment_all(
                     "scans": {} if before is None else before.get("scans", {}),
                 }
             else:
-                _replace(entries, out, _done(job, subject, identity, before, out))
+                _replace(entries, out, _done(job, subject, scans, before, out))
             _write_list(entries, out)
     wanted = {subject.id for subject in subjects} | {finding.subject for finding in unusable}
     return [entries[subject] for subject in sorted(wanted)]
@@ -160,7 +164,13 @@ def model_words(job: Job) -> Summary:
     return {"sha256": job.model_sha256, "federation": job.model.config.name}
 
 
-def _done(job: Job, subject: Subject, identity: str, before: Summary | None, out: Path) -> Summary:
+def _done(
+    job: Job,
+    subject: Subject,
+    scans: dict[str, list[str]],
+    before: Summary | None,
+    out: Path,
+) -> Summary:
     try:
         prediction, findings = segment(job.model, subject, job.options, job.reference)
     except MemoryError:
@@ -175,7 +185,6 @@ def _done(job: Job, subject: Subject, identity: str, before: Summary | None, out
             raise
         return _failed(subject.id, [_not_written(subject, error, labels)])
     summary = summary_of(prediction)
-    scans = _scans(subject)
     if before is not None and _files_of(before) and before.get("scans", scans) != scans:
         summary["findings"].append(_other_scans(subject, labels).as_dict())
     return summary | {
@@ -183,7 +192,7 @@ def _done(job: Job, subject: Subject, identity: str, before: Summary | None, out
         "options": asdict(job.options),
         "files": {path.name: file_sha256(path) for path in files},
         "scans": scans,
-        "made_by": identity,
+        "made_by": _identity(job, scans),
     }
 
 
@@ -224,13 +233,13 @@ def _labels_of(out: Path, subject: Subject) -> Path:
     return out / f"{subject.id}.nii.gz"
 
 
-def _identity(job: Job, subject: Subject) -> str:
+def _identity(job: Job, scans: dict[str, list[str]]) -> str:
     """A hash of all that decides a subject's files: code, model, options and scans."""
     document = {
         "code": code_hash(),
         "model": job.model_sha256,
         "options": asdict(job.options),
-        "scans": _scans(subject),
+        "scans": scans,
     }
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
