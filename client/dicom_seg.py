@@ -17,9 +17,9 @@ import numpy as np
 from client.dicom_files import DicomError, Series, dicom_libraries, quiet
 from client.dicom_series import LPS_TO_RAS, geometry_of
 from common.brats import CODINGS, ED, ET, N_CLASSES, NCR
+from common.console import RESEARCH_ONLY
 from common.files import write_atomically
 
-DESCRIPTION = "For research; not a medical device."
 MANUFACTURER = "fedbrats"
 _LONGEST = 64  # characters of a short text in DICOM
 _SEGMENTS = (  # label, label in words, code, its scheme, its meaning
@@ -147,8 +147,8 @@ def _segmentation(volume: Any, source: Series, model: str) -> Any:
         software_versions=version,
         device_serial_number=version,
         content_label="BRATS_TUMOUR",
-        content_description=DESCRIPTION,
-        series_description=_short(f"Tumour segmentation. {DESCRIPTION}"),
+        content_description=RESEARCH_ONLY,
+        series_description=_short(f"Tumour segmentation. {RESEARCH_ONLY}"),
         transfer_syntax_uid=pydicom.uid.ExplicitVRLittleEndian,
     )
 

@@ -22,7 +22,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import Normal, withStroke
 
 from common.brats import ED, ET, NCR
-from common.evaluation_document import NOTE
+from common.console import RESEARCH_ONLY
 from common.figures import GREY, LABEL_COLOURS, new_figure, shown_name, styled
 from sites.cache import CachedSubject
 from sites.preprocess import Geometry
@@ -122,7 +122,7 @@ def slices_figure(cases: Sequence[Case], titles: Sequence[str]) -> Figure:
                path_effects=[withStroke(linewidth=3.2, foreground="black"), Normal()])
         for name, _ in LABELS
     ]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, title=NOTE)
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, title=RESEARCH_ONLY)
     return figure
 
 

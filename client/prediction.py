@@ -38,8 +38,6 @@ from sites.finding import Finding
 from sites.preprocess import Geometry, best_class, own_scores, prepare, recipe_of
 from sites.subject import Subject
 
-RESEARCH_ONLY = "For research; not a medical device."
-
 
 @dataclass(frozen=True)
 class Model:

@@ -14,6 +14,7 @@ import typer
 from client.finding_table import print_findings
 from common.console import (
     FAILED,
+    RESEARCH_ONLY,
     USAGE,
     complain,
     ending_in_order,
@@ -279,7 +280,7 @@ def _one(
     source: Series | None,
 ) -> None:
     from client.dicom_seg import write_dicom_seg
-    from client.prediction import RESEARCH_ONLY, save, segment
+    from client.prediction import save, segment
     from client.prediction_folder import model_words, refuse_clashes, too_large
     from client.prediction_summary import in_words, summary_of
     from common.files import remove_leftovers
@@ -364,7 +365,6 @@ def _all(
     as_json: bool,
 ) -> None:
     from client.familiarity import BadReference, reference_of, save_reference
-    from client.prediction import RESEARCH_ONLY
     from client.prediction_folder import segment_all
 
     known = {subject.id for subject in discovery.subjects}

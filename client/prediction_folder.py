@@ -20,7 +20,6 @@ from typing import Any
 from client.familiarity import Reference, judge
 from client.nifti_output import is_as_written
 from client.prediction import (
-    RESEARCH_ONLY,
     Model,
     Options,
     map_paths,
@@ -30,7 +29,7 @@ from client.prediction import (
 )
 from client.prediction_summary import Summary, as_csv, summary_of
 from common.code_hash import code_hash
-from common.console import DISK_FULL
+from common.console import DISK_FULL, RESEARCH_ONLY
 from common.files import locked, write_text_atomically
 from common.progress import track
 from common.weights import file_sha256

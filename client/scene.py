@@ -18,7 +18,7 @@ from scipy.ndimage import gaussian_filter
 from skimage.measure import marching_cubes
 
 from client.overlays import LABELS, Case
-from common.evaluation_document import NOTE
+from common.console import RESEARCH_ONLY
 from common.figures import GREY, LABEL_COLOURS, new_figure, styled
 
 FINEST = 64  # cells along a tumour's longest side; more triangles show no more
@@ -58,7 +58,7 @@ def scene_figure(case: Case, title: str) -> Figure:
         ):
             axes.text(*map(float, at), text, color=GREY, fontsize=9, ha="center", va="center")
     handles = [Patch(facecolor=LABEL_COLOURS[n], edgecolor=GREY, label=n) for n, _ in LABELS]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, title=NOTE)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, title=RESEARCH_ONLY)
     return figure
 
 

@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from common.console import FAILED, USAGE, complain, failing_in_words, start_logging
+from common.console import FAILED, RESEARCH_ONLY, USAGE, complain, failing_in_words, start_logging
 
 if TYPE_CHECKING:
     from sites.subject import Subject
-
-NOT_A_DEVICE = "For research; not a medical device."
 
 
 def view(
@@ -73,7 +71,7 @@ def view(
                     viewing.segment_shown()
             with serving(viewer_app(viewing), Place(port=port)) as address:
                 print(address)
-                print(f"Only this machine can open it. Ctrl-C ends it. {NOT_A_DEVICE}", flush=True)
+                print(f"Only this machine can open it. Ctrl-C ends it. {RESEARCH_ONLY}", flush=True)
                 if open_page:
                     open_in_browser(address, Path(private))
                 stop.wait()

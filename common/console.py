@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 FAILED, USAGE, INTERRUPTED = 1, 2, 130  # exit codes
 DISK_FULL = errno.ENOSPC, errno.EDQUOT
 DEFECT = 70  # exit code of a fault in the program itself, sysexits' EX_SOFTWARE
+RESEARCH_ONLY = "For research; not a medical device."  # wherever a prediction is shown
 PIPED_WIDTH = 10_000  # characters; without a terminal nothing is wrapped or cut
 
 

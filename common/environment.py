@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import PackageNotFoundError, version
 
 SILENT = {  # nothing phones home, whatever the environment said before
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -22,3 +23,11 @@ def prepare_environment() -> None:
     os.environ.update(SILENT)
     for name, value in PATIENT.items():
         os.environ.setdefault(name, value)
+
+
+def installed_version(package: str) -> str | None:
+    """None if the package is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -9,16 +9,16 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from common.console import RESEARCH_ONLY
 from common.csv_cells import csv_text
+from common.environment import installed_version
 from common.evaluation_summary import SubjectResult, by_site, fairness, group, over_sites
 from common.files import write_text_atomically
 
 FORMAT = "fedbrats-evaluation/1"
-NOTE = "For research; not a medical device."
 INTERVALS = (
     "Intervals say what other patients of these same sites might have given, by a percentile "
     "bootstrap over patients (too narrow with fewer than about 20 of them); nothing about other "
@@ -59,9 +59,9 @@ def evaluation_document(
     return {
         "format": FORMAT,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: installed_version(name) for name in PACKAGES},
         "model": dict(model),
-        "note": NOTE,
+        "note": RESEARCH_ONLY,
         "of": of,
         "segmentation": dict(segmentation),
         "label_coding": label_coding,
@@ -179,10 +179,3 @@ def _plain(result: SubjectResult) -> dict[str, Any]:
         for structure, own in result.scores.items()
     }
     return {**vars(result), "scores": scores}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -10,8 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from common.console import many, plain
-from common.evaluation_document import NOTE
+from common.console import RESEARCH_ONLY, many, plain
 from common.metrics import REGIONS
 
 Rows = list[tuple[str, Mapping[str, Any]]]
@@ -49,7 +48,7 @@ def lines(document: Mapping[str, Any]) -> Iterator[str]:
         site = f" of {plain(subject['site'])}" if subject["site"] else ""
         yield f"Left out: {plain(subject['subject'])}{site}: {plain(subject['why']).rstrip('.')}."
     yield from document["remarks"]
-    yield NOTE
+    yield RESEARCH_ONLY
 
 
 def fairness_lines(document: Mapping[str, Any]) -> Iterator[str]:

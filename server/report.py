@@ -16,13 +16,12 @@ from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from common.console import plain
+from common.console import RESEARCH_ONLY, plain
 from common.figures import draw, draw_pixels
 from common.files import write_text_atomically
 
 PAGE = "report.html"
 DRAWN = (".png", ".svg")
-FOR_RESEARCH = "For research; not a medical device."
 CELL = 300  # characters of a text from a site in a table
 
 
@@ -138,5 +137,5 @@ def _page(report: Report, shown: dict[str, Markup], folder: str) -> str:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["cell"] = lambda text: plain(str(text), CELL)
     return environment.from_string(template).render(
-        report=report, shown=shown, research=FOR_RESEARCH, folder=folder
+        report=report, shown=shown, research=RESEARCH_ONLY, folder=folder
     )

@@ -35,7 +35,8 @@ FEWEST_IN_A_BOX = 5  # quartiles of fewer values say nothing that the values do 
 FEWEST_TANGLED = 10  # times of more sites than these are shown as a range
 FEWEST_MARKED = 15  # with more rounds than these not every point gets a marker
 MEGABYTE = 1e6
-SPELLED = {"dice": "Dice", "iou": "IoU"}
+SPELLED = {"dice": "Dice", "iou": "IoU", "hd95": "HD95"}
+DRAWN = ("dice", "iou")  # over the rounds, and of sites
 Records = Sequence[RoundRecord]
 
 
@@ -47,7 +48,7 @@ def curves(records: Records, sites: Sequence[str], chosen: int | None) -> Figure
     """
     told = _best_first(records, sites)
     figure = new_figure(max(3.4, 0.6 + 0.19 * (len(told) + 1)))
-    for place, metric in enumerate(SPELLED, start=1):
+    for place, metric in enumerate(DRAWN, start=1):
         axes = figure.add_subplot(1, 2, place)
         for site in told:
             values = [_mean_of_regions(r.metrics.get(site), metric) for r in records]
@@ -181,7 +182,7 @@ def participation(records: Records, sites: Sequence[str]) -> Figure:
 def boxes_over_sites(metrics: Mapping[str, SiteMetrics]) -> Figure:
     """How far the sites' means lie apart: a box for each region, and each site as a point in it."""
     figure = new_figure(3.2)
-    for place, metric in enumerate(SPELLED, start=1):
+    for place, metric in enumerate(DRAWN, start=1):
         axes = figure.add_subplot(1, 2, place)
         for column, region in enumerate(REGIONS):
             values = [_value(m, f"{metric}/{region}") for m in metrics.values()]

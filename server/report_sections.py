@@ -10,19 +10,21 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import yaml
 
 from common.code_hash import code_hash
 from common.console import many
+from common.environment import installed_version
 from common.evaluation_summary import GRADES
 from common.metrics import REGIONS, SiteMetrics, mean_dice
 from server.privacy_report import EXPLAINED, HEADINGS, remarks, site_row
 from server.recorded import Recorded
 from server.report import Plot, Report, Section, Table
 from server.report_figures import (
+    MEGABYTE,
+    SPELLED,
     boxes_over_sites,
     curves,
     curves_of_each_site,
@@ -33,7 +35,6 @@ from server.report_figures import (
 from server.tables import average, number, spans
 
 PACKAGES = ("fedbrats", "torch", "monai", "flwr", "numpy", "opacus")
-MEGABYTE = 1e6
 NO_BUDGET = (
     "No site stated a budget: nothing bounds what the model, or an update, can reveal about a single "
     "patient."
@@ -54,7 +55,7 @@ def report_of(
     judged = recorded.verdict
     return Report(
         title=title,
-        about=f"Written {datetime.now(UTC):%Y-%m-%d %H:%M} (UTC) by fedbrats {_version('fedbrats')}"
+        about=f"Written {datetime.now(UTC):%Y-%m-%d %H:%M} (UTC) by fedbrats {installed_version('fedbrats')}"
         f"{about}",
         state=_state(recorded, planned, running),
         good=judged.complete and judged.everyone,
@@ -167,7 +168,7 @@ def measured(recorded: Recorded, explained: Sequence[str] = ()) -> Section:
     for name, by_subject in (("mean over sites", False), ("mean over subjects", True)):
         means = [_number(average(metrics, f"{k}/{r}", by_subject=by_subject), k) for k, r in keys]
         rows.append([name, *means, str(n)])
-    headings = ("site", *(f"{_SPELLED[k]} {r}" for k, r in keys), "n")
+    headings = ("site", *(f"{SPELLED[k]} {r}" for k, r in keys), "n")
     if recorded.final is not None:
         what = f"The model of round {round_}"
         text = [
@@ -216,8 +217,8 @@ def over_the_rounds(recorded: Recorded) -> list[Section]:
              "Each site's mean over its own held-out subjects."),
         *(
             Plot(f"{metric}-of-each-site", curves_of_each_site(records, sites, metric),
-                 f"{_SPELLED[metric]} of WT, TC and ET {what}, a panel for each site",
-                 f"{_SPELLED[metric]} by region. Grey: between the lowest and the highest site's mean "
+                 f"{SPELLED[metric]} of WT, TC and ET {what}, a panel for each site",
+                 f"{SPELLED[metric]} by region. Grey: between the lowest and the highest site's mean "
                  "of the three.")
             for metric in ("dice", "iou")
         ),
@@ -340,7 +341,9 @@ def configuration(recorded: Recorded, config: Mapping[str, Any]) -> Section:
     for r in recorded.records:
         if final is not None and r.round == final[0]:
             rows.append([f"checkpoint of round {r.round}, sha256", r.sha256])
-    versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+    versions = ", ".join(
+        f"{name} {installed_version(name) or '(not installed)'}" for name in PACKAGES
+    )
     rows.append(
         ["installed where this page was written", f"Python {platform.python_version()}, {versions}"]
     )
@@ -361,7 +364,6 @@ def agreed_config(recorded: Recorded) -> dict[str, Any]:
     return dict(recorded.terms[-1]["terms"]["config"]) if recorded.terms else {}
 
 
-_SPELLED = {"dice": "Dice", "iou": "IoU", "hd95": "HD95"}
 _COUNTS = ("n_held_out", "n_left_out")
 
 
@@ -393,7 +395,7 @@ def _first(recorded: Recorded) -> list[tuple[str, str]]:
     if metrics:
         for key, region in (("dice", "WT"), ("dice", "TC"), ("dice", "ET"), ("iou", "WT")):
             value = average(metrics, f"{key}/{region}", by_subject=False)
-            shown.append((f"{_SPELLED[key]} {region}, mean over sites", number(value)))
+            shown.append((f"{SPELLED[key]} {region}, mean over sites", number(value)))
         worst = min(metrics, key=lambda site: _last_if_nan(mean_dice(metrics[site])))
         shown.append((f"mean Dice of the worst site, {worst}", number(mean_dice(metrics[worst]))))
         shown.append(("held-out subjects", str(sum(m.n for m in metrics.values()))))
@@ -426,10 +428,3 @@ def _number(value: float | None, key: str) -> str:
 
 def _last_if_nan(value: float) -> float:
     return math.inf if math.isnan(value) else value
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "(not installed)"

@@ -24,7 +24,7 @@ from client.site import load_site
 from client.subject_results import PLAIN, segmenter_of
 from common.config import FederationConfig
 from common.config_file import load_config
-from common.console import many
+from common.console import RESEARCH_ONLY, many
 from common.evaluation_document import EvaluationError
 from common.evaluation_summary import SubjectResult, ranked, shown_subjects
 from common.figures import BLUE, GREEN, GREY, VERMILLION, new_figure, shown_name, styled
@@ -34,7 +34,7 @@ from common.model import network_for
 from common.weights import BadWeights
 from server.checkpoint import RunFolder, load_checkpoint
 from server.recorded import Recorded, read_recorded
-from server.report import FOR_RESEARCH, Plot, Report, ReportError, Section, Table
+from server.report import Plot, Report, ReportError, Section, Table
 from server.report_figures import boxes_over_subjects
 from server.report_sections import (
     cohort,
@@ -323,7 +323,7 @@ def _pictures(
         "of 1 is also given where neither truth nor prediction has any.",
         kind="photo",
     )
-    sections = [Section("slices", title, [f"{which} {FOR_RESEARCH}"], [], [slices])]
+    sections = [Section("slices", title, [f"{which} {RESEARCH_ONLY}"], [], [slices])]
     middle = list(shown).index("median") if "median" in shown else 0
     case = cases[middle]
     if case.truth.any() or case.prediction.any():
