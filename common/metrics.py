@@ -192,8 +192,13 @@ def mean_dice(metrics: SiteMetrics) -> float:
     """The headline figure, by which the best model is chosen: mean Dice over WT, TC and ET.
 
     NaN for a site without subjects."""
-    dices = (metrics.means.get(f"dice/{region}", math.nan) for region in REGIONS)
-    return math.fsum(dices) / len(REGIONS)
+    return mean_over_regions(metrics, "dice")
+
+
+def mean_over_regions(metrics: SiteMetrics, metric: str) -> float:
+    """Of "dice", "iou" or "hd95" over WT, TC and ET; NaN where one of them is missing."""
+    values = (metrics.means.get(f"{metric}/{region}", math.nan) for region in REGIONS)
+    return math.fsum(values) / len(REGIONS)
 
 
 def _ratio(part: int, whole: int) -> float:

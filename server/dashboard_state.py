@@ -15,7 +15,7 @@ from typing import Any
 
 from common.config_file import ConfigError, load_config
 from common.console import plain
-from common.metrics import REGIONS, SiteMetrics, mean_dice
+from common.metrics import REGIONS, SiteMetrics, mean_over_regions
 from common.statement import BadStatement, Statement, read_statement
 from server.checkpoint import RunFolder
 from server.coordinator import CoordinatorFolder
@@ -177,10 +177,7 @@ def _of(metrics: SiteMetrics | None, metric: str, region: str) -> float | None:
         return None
     if region != MEAN:
         return _short(metrics.means.get(f"{metric}/{region}"))
-    if metric == "dice":
-        return _short(mean_dice(metrics))
-    values = [metrics.means.get(f"{metric}/{key}", math.nan) for key in REGIONS]
-    return _short(sum(values) / len(values))
+    return _short(mean_over_regions(metrics, metric))
 
 
 def _final(history: History) -> Document | None:

@@ -24,7 +24,7 @@ from rich.markup import escape
 
 from common.console import printable, standard_output
 from common.files import write_text_atomically
-from common.metrics import mean_dice
+from common.metrics import mean_dice, mean_over_regions
 from server.attendance import Waiting
 from server.background import every
 from server.history import RoundRecord
@@ -87,7 +87,7 @@ class Board:
                 "round": last.round if last and contribution and contribution.trained else None,
                 "loss": contribution.train_loss if contribution else None,
                 "dice": mean_dice(metrics) if metrics else None,
-                "iou": _mean_iou(metrics.means) if metrics else None,
+                "iou": _finite(mean_over_regions(metrics, "iou")) if metrics else None,
                 "seconds": contribution.seconds if contribution else None,
                 "bytes": self._bytes.get(site, 0),
                 "absent": waiting.absent.get(site) if waiting else None,
@@ -197,10 +197,8 @@ def _wait_text(waiting: Waiting) -> str:
     )
 
 
-def _mean_iou(means: Mapping[str, float]) -> float | None:
-    values = [value for key, value in means.items() if key in ("iou/WT", "iou/TC", "iou/ET")]
-    mean = sum(values) / len(values) if values else math.nan
-    return None if math.isnan(mean) else mean
+def _finite(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _text(moment: datetime | None) -> str | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from common.console import failing_in_words, printable, start_logging
+
+if TYPE_CHECKING:
+    from server.report import Report
 
 
 def report(
@@ -34,13 +36,13 @@ def report(
     be written. 2: wrong usage.
     """
     start_logging()
-    with _failing():
+    with failing_in_words("fed-server", _foreseen):
         from common.files import lock_holder, require_writable
         from server.checkpoint import RunFolder
         from server.coordinator import CoordinatorError, federation_id, load_coordinator
         from server.enrolment import keys_of_all
         from server.recorded import published, read_recorded
-        from server.report import page_path, write_report
+        from server.report import page_path
         from server.report_sections import agreed_config, coordinators_report
 
         coordinator = load_coordinator(folder)
@@ -63,15 +65,18 @@ def report(
             publishable=publishable,
             running=lock_holder(coordinator.lock) is not None,
         )
-        figures = write_report(made, page)
+        write_and_tell(made, page)
+
+
+def write_and_tell(report: Report, page: Path) -> None:
+    """Write the report and print where it is. Raises OSError."""
+    from server.report import write_report
+
+    figures = write_report(report, page)
     print(f"Page: {printable(str(page))}")
     if figures:
         print(f"Figures: {printable(str(figures[0].parent))} ({len(figures)} files)")
-    print(printable(made.state))  # it names sites
-
-
-def _failing() -> AbstractContextManager[None]:
-    return failing_in_words("fed-server", _foreseen)
+    print(printable(report.state))  # it names sites
 
 
 def _foreseen() -> tuple[type[Exception], ...]:

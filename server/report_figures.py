@@ -28,7 +28,7 @@ from common.figures import (
     shown_name,
     styled,
 )
-from common.metrics import REGIONS, SiteMetrics
+from common.metrics import REGIONS, SiteMetrics, mean_over_regions
 from server.history import Contribution, RoundRecord
 
 FEWEST_IN_A_BOX = 5  # quartiles of fewer values say nothing that the values do not
@@ -315,7 +315,7 @@ def _value(metrics: SiteMetrics | None, key: str) -> float:
 
 
 def _mean_of_regions(metrics: SiteMetrics | None, metric: str) -> float:
-    return math.fsum(_value(metrics, f"{metric}/{region}") for region in REGIONS) / len(REGIONS)
+    return mean_over_regions(metrics, metric) if metrics else math.nan
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -18,7 +18,6 @@ import typer
 
 from common.console import (
     failing_in_words,
-    printable,
     run_program,
     standard_output,
     start_logging,
@@ -243,18 +242,14 @@ def report(
     start_logging()
     with _failing_in_words():
         from common.files import require_writable
-        from server.report import page_path, write_report
+        from server.report import page_path
+        from server.report_commands import write_and_tell
         from simulation.report import simulations_report
 
         page = page_path(out or run / "report")
         if out is not None or run.is_dir():  # that there is no RUN is said otherwise
             require_writable(page.parent)
-        made = simulations_report(run)
-        figures = write_report(made, page)
-        print(f"Page: {printable(str(page))}")
-        if figures:
-            print(f"Figures: {printable(str(figures[0].parent))} ({len(figures)} files)")
-        print(printable(made.state))  # it names sites
+        write_and_tell(simulations_report(run), page)
 
 
 class Plant(StrEnum):
