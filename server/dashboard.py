@@ -35,7 +35,8 @@ from server.dashboard_alerts import (
     slow_alerts,
     status_alerts,
 )
-from server.dashboard_state import Document, Source, recorded, site_states, state, status_of
+from server.dashboard_state import Document, recorded, site_states, state, status_of
+from server.source import Source, stamp
 
 WEB = Path(__file__).parent / "web"
 LOOK_SECONDS = 1.0
@@ -84,7 +85,7 @@ class Observer:
         if not source.path.is_dir():
             text = f"The folder {source.path} is not there (any more)."
             return self._known, {"state": "gone", "alerts": [alert(ERROR, text)], "sites": {}}
-        seen = _stamp(source.run.history), _stamp(source.config)
+        seen = stamp(source.run.history), stamp(source.config)
         if seen != self._seen:
             self._known, self._seen = recorded(source, self._known), seen
             if self._known["unreadable"]:  # perhaps for a moment only, and the file stays as it is
@@ -120,15 +121,6 @@ class Observer:
             return [alert(ERROR, f"Audit log: {plain(str(error))}")]
         told = dict.fromkeys(plain(str(entry.details.get("what", ""))) for entry in entries)
         return [alert(ERROR, f"Audit log: {text}") for text in told]
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    """Differs when the file was changed or replaced; zeros if there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return (0, 0, 0)
-    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def _disk(path: Path) -> list[Document]:

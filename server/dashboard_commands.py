@@ -70,7 +70,7 @@ def dashboard_of_run(
     """
     start_logging()
     with failing_in_words("fed-sim", _foreseen):
-        from server.dashboard_state import Source
+        from server.source import Source
 
         if not Source(run).holds_a_run():
             raise typer.BadParameter(f"{run} holds no run.", param_hint="RUN")
@@ -80,7 +80,7 @@ def dashboard_of_run(
 def _serve(path: Path, host: str, port: int, insecure: bool, open_browser: bool) -> None:
     from common.local_page import Place, open_in_browser, require_safe
     from server.dashboard import serving_dashboard
-    from server.dashboard_state import Source
+    from server.source import Source
 
     place = Place(host, port)
     source = Source(path)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,44 +16,13 @@ from common.config_file import ConfigError, load_config
 from common.console import plain
 from common.metrics import REGIONS, SiteMetrics, mean_over_regions
 from common.statement import BadStatement, Statement, read_statement
-from server.checkpoint import RunFolder
-from server.coordinator import CoordinatorFolder
 from server.history import TRAINING, GivenStatement, History, HistoryError, RoundRecord
+from server.source import Source
 from server.tables import average, spans, verdict
 
 Document = dict[str, Any]
 MEAN = "mean"  # over the regions
 MOST_EVENTS = 200
-
-
-@dataclass(frozen=True)
-class Source:
-    """A coordinator's folder, or that of a run: a simulation's, or a copy of a federation's."""
-
-    path: Path
-
-    @property
-    def is_coordinators(self) -> bool:
-        return self.coordinator.identity.exists()
-
-    @property
-    def coordinator(self) -> CoordinatorFolder:
-        return CoordinatorFolder(self.path)
-
-    @property
-    def run(self) -> RunFolder:
-        return RunFolder(self.coordinator.run if self.is_coordinators else self.path)
-
-    @property
-    def lock(self) -> Path:
-        return self.coordinator.lock if self.is_coordinators else self.run.lock
-
-    @property
-    def config(self) -> Path:
-        return self.coordinator.config if self.is_coordinators else self.run.config
-
-    def holds_a_run(self) -> bool:
-        return any(path.exists() for path in (self.config, self.run.history, self.lock))
 
 
 def recorded(source: Source, before: Document | None = None) -> Document:

@@ -19,9 +19,10 @@ from typing import Any, Protocol
 
 from common.config_file import ConfigError, load_config
 from common.metrics import REGIONS, SiteMetrics, mean_dice
-from server.dashboard_state import Source, statements_with_epsilon
+from server.dashboard_state import statements_with_epsilon
 from server.history import TRAINING, History, HistoryError, RoundRecord
 from server.shown_names import shown_names
+from server.source import NO_FILE, Source, stamp
 from server.tables import average
 
 LOG = logging.getLogger("fedbrats")
@@ -95,10 +96,10 @@ def track(source: Source, targets: Sequence[Target], *, follow: bool) -> dict[st
     added = dict.fromkeys((target.name for target in targets), 0)
     opened, seen, said = False, None, ""
     while True:
-        stamp = _stamp(source.run.history)
+        now = stamp(source.run.history)
         numbers, failed = None, ""
         try:
-            if stamp not in (seen, None):
+            if now not in (seen, NO_FILE):
                 numbers = numbers_of(source)
         except HistoryError as error:
             if not follow:
@@ -124,19 +125,12 @@ def track(source: Source, targets: Sequence[Target], *, follow: bool) -> dict[st
         if numbers is not None and numbers.complete and not failed:
             return added
         if numbers is not None or failed:
-            said, seen = failed, None if failed else stamp
+            said, seen = failed, None if failed else now
         if not follow:
             if not opened:
                 raise NotTracked(f"{source.path}: no round is complete yet.")
             return added
         time.sleep(LOOK_SECONDS)
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    try:
-        return path.stat().st_mtime_ns, path.stat().st_size
-    except OSError:
-        return None
 
 
 def numbers_of(source: Source) -> Numbers | None:

@@ -69,7 +69,7 @@ def track_run(
     """
     start_logging()
     with failing_in_words("fed-sim", _foreseen, interrupted="; the same command continues"):
-        from server.dashboard_state import Source
+        from server.source import Source
 
         if not Source(run).holds_a_run():
             raise typer.BadParameter(f"{run} holds no run.", param_hint="RUN")
@@ -81,7 +81,7 @@ def _track(
 ) -> None:
     if tensorboard is None and mlflow is None:
         raise typer.BadParameter("say where to: --tensorboard LOGDIR, --mlflow URI, or both.")
-    from server.dashboard_state import Source
+    from server.source import Source
     from server.tracking import Target, track
     from server.tracking_targets import MLflow, TensorBoard
 

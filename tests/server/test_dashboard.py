@@ -25,8 +25,8 @@ from server import dashboard
 from server.cli import app as server_cli
 from server.coordinator import init_folder
 from server.dashboard import Observer, View, dashboard_app, serving_dashboard
-from server.dashboard_state import Source
 from server.history import History
+from server.source import Source
 from tests.server.test_dashboard_state import a_round, metrics
 
 WEB = Path(dashboard.__file__).parent / "web"

@@ -24,7 +24,7 @@ from common.statement import Signed, Statement
 from server.coordinator import init_folder
 from server.dashboard import Observer
 from server.dashboard_alerts import recorded_alerts, slow_alerts, status_alerts
-from server.dashboard_state import Source, recorded
+from server.dashboard_state import recorded
 from server.history import (
     TRAINING,
     Contribution,
@@ -33,6 +33,7 @@ from server.history import (
     HistoryError,
     RoundRecord,
 )
+from server.source import Source
 
 HOSTILE = '<script>alert("x")</script>'
 

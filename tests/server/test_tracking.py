@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from common.config_file import dump_config
 from common.messages import SiteCard
 from server import tracking, tracking_targets
-from server.dashboard_state import Source
 from server.history import Contribution, History, HistoryError, RoundRecord
+from server.source import Source
 from server.tracking import FEDERATION, NotTracked, numbers_of, track
 from server.tracking_targets import MLflow, TensorBoard, name_there, without_password
 from simulation.cli import app
