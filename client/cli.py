@@ -29,6 +29,7 @@ from client import (
     viewer_commands,
 )
 from client.finding_table import print_findings
+from client.options import LabelCoding, require_coding
 from common.brats import MODALITIES
 from common.console import complain, printable, run_program, start_logging
 from sites.finding import Finding
@@ -76,7 +77,7 @@ def check(
     modalities: Annotated[
         str, typer.Option(help="Comma-separated, those the federation agreed on.")
     ] = ",".join(MODALITIES),
-    label_coding: evaluation_commands.LabelCoding = "auto",
+    label_coding: LabelCoding = "auto",
     no_labels: Annotated[
         bool, typer.Option("--no-labels", help="Segmentations may be missing (prediction).")
     ] = False,
@@ -90,7 +91,7 @@ def check(
     """
     start_logging()
     wanted = _modalities(modalities)
-    evaluation_commands.require_coding(label_coding)
+    require_coding(label_coding)
     if problem := _not_a_folder(data):
         complain("fed-client", f"{data} {problem}; give the folder that holds the subjects.")
         raise typer.Exit(USAGE)

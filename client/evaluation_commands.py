@@ -5,7 +5,6 @@ Heavy imports happen inside the command, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import math
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -13,39 +12,16 @@ from typing import Annotated
 
 import typer
 
-from client.prediction_commands import chosen_steps
-from common.brats import CODINGS
+from client.options import (
+    Confidence,
+    Flips,
+    LabelCoding,
+    Steps,
+    chosen_steps,
+    require_coding,
+    require_confidence,
+)
 from common.console import failing_in_words, printable, standard_output, start_logging
-
-Flips = Annotated[
-    bool, typer.Option("--flips", help="Average over the 8 mirror images; 8 times the time.")
-]
-Steps = Annotated[
-    str,
-    typer.Option(
-        help="none, as the rounds are measured; reference, or recommended, which fed-client predict does "
-        "by default."
-    ),
-]
-
-Confidence = Annotated[float, typer.Option(min=0.5, max=0.999, help="Of the bootstrap intervals.")]
-LabelCoding = Annotated[str, typer.Option(help=f"What labels mean: auto, {', '.join(CODINGS)}.")]
-
-
-def require_coding(name: str) -> None:
-    """Raises typer.BadParameter: `name` is no label coding."""
-    if name != "auto" and name not in CODINGS:
-        raise typer.BadParameter(
-            f"{name!r} is not one of auto, {', '.join(CODINGS)}.", param_hint="--label-coding"
-        )
-
-
-def require_confidence(value: float) -> None:
-    """Raises typer.BadParameter for NaN, which passes every range."""
-    if not math.isfinite(value):
-        raise typer.BadParameter(
-            "nan is not in the range 0.5<=x<=0.999.", param_hint="--confidence"
-        )
 
 
 def evaluate(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from client.finding_table import print_findings
+from client.options import chosen_steps
 from common.console import (
     FAILED,
     RESEARCH_ONLY,
@@ -26,7 +26,6 @@ from common.console import (
 
 if TYPE_CHECKING:
     from client.dicom_files import Series
-    from client.postprocessing import PostProcessing
     from client.prediction_folder import Job
     from client.prediction_summary import Summary
     from sites.finding import Finding
@@ -252,23 +251,6 @@ def _check_place_of_reference(path: Path) -> None:
             f"{path} is there and no reference; choose another name.",
             param_hint="--write-reference",
         )
-
-
-def chosen_steps(preset: str, overrides: Mapping[str, Any] | None = None) -> PostProcessing:
-    """The post-processing of that name, with the single steps that are not None in place of its own."""
-    from dataclasses import replace
-
-    from client.postprocessing import PRESETS
-
-    if preset not in PRESETS:
-        raise typer.BadParameter(
-            f"{preset!r} is not one of {', '.join(PRESETS)}.", param_hint="--postprocess"
-        )
-    given = {name: value for name, value in (overrides or {}).items() if value is not None}
-    for name, value in given.items():
-        if not math.isfinite(value):  # nan passes the limits of an option, inf some
-            raise typer.BadParameter("is no number.", param_hint="--" + name.replace("_", "-"))
-    return replace(PRESETS[preset], **given)
 
 
 def _one(

@@ -10,8 +10,7 @@ from typing import Annotated
 
 import typer
 
-from client.evaluation_commands import Confidence, Flips, Steps, require_confidence
-from client.prediction_commands import chosen_steps
+from client.options import Confidence, Flips, Steps, chosen_steps, require_confidence
 from common.console import failing_in_words, printable, standard_output, start_logging
 
 
