@@ -118,7 +118,9 @@ def subject_result(
     scores = {structure: dict(own) for structure, own in measured.scores.items()}
     for region in REGIONS:
         predicted, true = (np.isin(of, STRUCTURES[region]) for of in (labels, truth))
-        lesions = lesion_scores(predicted, true, geometry.spacing)
+        lesions = lesion_scores(
+            predicted, true, geometry.spacing, whole_hd95=scores[region]["hd95"]
+        )
         scores[region] |= {"lesion_dice": lesions.dice, "lesion_hd95": lesions.hd95}
     millilitres = math.prod(geometry.spacing) / 1000
     return SubjectResult(

@@ -47,10 +47,16 @@ class LesionScores:
 
 
 def lesion_scores(
-    prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    spacing: Sequence[float],
+    *,
+    whole_hd95: float | None = None,
 ) -> LesionScores:
     """Lesion-wise scores of two boolean masks (X, Y, Z) of one region; `spacing` is in mm.
 
+    `whole_hd95` is `common.metrics.hd95` of the two masks, if it is known: a single lesion that the whole
+    prediction touches has this very number, which then is not computed again.
     The masks may be a crop that holds all of both. Raises ValueError if their shapes differ.
     """
     from scipy import ndimage
@@ -81,7 +87,11 @@ def lesion_scores(
         predicted = touches[lesion][components]
         found += bool(touches[lesion].any())
         dices.append(2 * int((true & predicted).sum()) / int(true.sum() + predicted.sum()))
-        distances.append(hd95(predicted, true, spacing, PENALTY_MM))
+        alone = n_lesions == 1 and n_components > 0 and bool(touches[lesion, 1:].all())
+        if alone and whole_hd95 is not None:
+            distances.append(whole_hd95)
+        else:
+            distances.append(hd95(predicted, true, spacing, PENALTY_MM))
     false = n_components - int(touches.any(axis=0).sum())
     n = len(counted) + false
     return LesionScores(

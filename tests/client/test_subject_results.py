@@ -18,10 +18,12 @@ from client.subject_results import (
     segmenter_of,
     subject_result,
 )
+from common import lesions
 from common.brats import STRUCTURES
 from common.evaluation_document import EvaluationError
 from common.evaluation_summary import LESION_METRICS, METRICS
-from common.metrics import REGIONS
+from common.lesions import lesion_scores
+from common.metrics import REGIONS, hd95
 from common.model import initial_weights
 from common.weights import save_weights
 from sites.subject import discover
@@ -64,6 +66,27 @@ def test_a_missed_lesion_costs_half_the_lesion_wise_dice_and_less_of_the_other(m
     assert scores["WT"]["lesion_dice"] == pytest.approx(0.5)
     assert scores["WT"]["dice"] == pytest.approx(2 / 3)
     assert scores["ET"]["lesion_dice"] == scores["TC"]["lesion_dice"] == 1
+
+
+def test_hd95_of_a_lesion_that_is_all_there_is_is_not_computed_twice(
+    make_subject, truth, monkeypatch
+):
+    """WT has two lesions, TC and ET one that is found in two pieces, and lastly a miss and a false one."""
+    split = truth.copy()
+    split[4, :10, :10] = 0
+    moved = np.roll(truth, 12, axis=2)
+    for number, labels in enumerate((np.roll(truth, 1, axis=1), split, moved, truth * 0)):
+        subject = make_subject(f"x{number}", np.zeros((4, *truth.shape)), truth)
+        calls = []
+        with monkeypatch.context() as patch:
+            patch.setattr(lesions, "hd95", lambda *a: calls.append(1) or hd95(*a))
+            found = scored(subject, labels).scores
+        for region in REGIONS:
+            masks = (np.isin(of, STRUCTURES[region]) for of in (labels, truth))
+            assert found[region]["lesion_hd95"] == lesion_scores(*masks, (1, 1, 1)).hd95
+            if number < 2 and region != "WT":
+                assert found[region]["lesion_hd95"] == found[region]["hd95"] > 0
+        assert len(calls) == (2 if number < 2 else 4), "of WT's two lesions, and of what was missed"
 
 
 def test_no_grade_is_none(make_subject, truth):
