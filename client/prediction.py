@@ -136,7 +136,7 @@ def load_model(path: Path) -> Model:
         here = here.model_copy(update={"precision": "auto"})
     use_threads(here)
     device = best_device()
-    # as in training, so that labels are equal to the voxel in bf16 too; and convolutions are faster
+    # as in training, so that labels are equal to the voxel in bf16 too
     network = network.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     return Model(network, config.model_copy(update={"training": here}), device)
 

@@ -82,7 +82,7 @@ def test_hd95_of_a_lesion_that_is_all_there_is_is_not_computed_twice(
         subject = make_subject(f"x{number}", np.zeros((4, *truth.shape)), truth)
         calls = []
         with monkeypatch.context() as patch:
-            patch.setattr(lesions, "hd95", lambda *a: calls.append(1) or hd95(*a))
+            patch.setattr(lesions, "hd95", lambda *a, calls=calls: calls.append(1) or hd95(*a))
             found = scored(subject, labels).scores
         for region in REGIONS:
             masks = (np.isin(of, STRUCTURES[region]) for of in (labels, truth))
