@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -27,12 +26,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from client.evaluation import class_scores
+from client.evaluation import class_scores, measured
 from client.flips import flipped_scores
 from client.postprocessing import NONE, RECOMMENDED, REFERENCE, PostProcessing, postprocess
 from client.prediction import Model, load_model
 from common.config_file import load_config
-from common.metrics import REGIONS, subject_metrics
+from common.metrics import REGIONS
 from common.progress import track
 from sites.cache import CachedSubject
 from sites.preprocess import best_class, own_scores, placed
@@ -128,16 +127,7 @@ def raw_scores(model: Model, subject: CachedSubject, flips: bool) -> torch.Tenso
 
 def scored(subject: CachedSubject, inside: np.ndarray) -> Row:
     """Dice and HD95 of the three regions, on the subject's own voxels."""
-    geometry, truth = subject.geometry, np.asarray(subject.truth())
-    metrics = subject_metrics(
-        subject.id,
-        placed(inside, geometry),
-        truth,
-        outside=math.prod(geometry.shape) - truth.size,
-        spacing=geometry.spacing,
-        diagonal_mm=geometry.diagonal_mm,
-        surface_distances=True,
-    )
+    metrics = measured(subject, placed(inside, subject.geometry), surface_distances=True)
     return {f"{m}/{r}": metrics.scores[r][m] for m in ("dice", "hd95") for r in REGIONS}
 
 

@@ -74,18 +74,32 @@ def evaluate(
         scores = class_scores(network, subject.image(), config, device)
         labels = torch.from_numpy(np.array(subject.labels()))[None].to(device)
         loss = float(dice_focal_loss(scores[None], labels, **config.loss.model_dump()))
-        truth = np.asarray(subject.truth())
-        geometry = subject.geometry
-        results.append(
-            subject_metrics(
-                subject.id,
-                restore(scores, geometry),
-                truth,
-                outside=math.prod(geometry.shape) - truth.size,
-                spacing=geometry.spacing,
-                diagonal_mm=geometry.diagonal_mm,
-                surface_distances=surface_distances,
-                loss=loss,
-            )
-        )
+        found = restore(scores, subject.geometry)
+        results.append(measured(subject, found, surface_distances=surface_distances, loss=loss))
     return results
+
+
+def measured(
+    subject: CachedSubject,
+    labels: np.ndarray,
+    *,
+    surface_distances: bool,
+    loss: float | None = None,
+) -> SubjectMetrics:
+    """The metrics of uint8 system labels in the subject's own voxels inside `geometry.truth_box`.
+
+    Raises:
+        ValueError: the labels are no such labels, or not of the truth's shape.
+    """
+    truth = np.asarray(subject.truth())
+    geometry = subject.geometry
+    return subject_metrics(
+        subject.id,
+        labels,
+        truth,
+        outside=math.prod(geometry.shape) - truth.size,
+        spacing=geometry.spacing,
+        diagonal_mm=geometry.diagonal_mm,
+        surface_distances=surface_distances,
+        loss=loss,
+    )

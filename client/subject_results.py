@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from client.device import is_full_memory
-from client.evaluation import predict
+from client.evaluation import measured, predict
 from client.postprocessing import NONE, in_words
 from client.prediction import Model, Options, segment_image
 from common.brats import BACKGROUND, STRUCTURES
 from common.evaluation_document import EvaluationError
 from common.evaluation_summary import SubjectResult
 from common.lesions import lesion_scores
-from common.metrics import REGIONS, subject_metrics
+from common.metrics import REGIONS
 from sites.cache import CachedSubject
 from sites.preprocess import placed
 
@@ -106,16 +106,8 @@ def subject_result(
     """
     truth = np.asarray(subject.truth())
     geometry = subject.geometry
-    measured = subject_metrics(
-        subject.id,
-        labels,
-        truth,
-        outside=math.prod(geometry.shape) - truth.size,
-        spacing=geometry.spacing,
-        diagonal_mm=geometry.diagonal_mm,
-        surface_distances=True,
-    )
-    scores = {structure: dict(own) for structure, own in measured.scores.items()}
+    whole = measured(subject, labels, surface_distances=True)
+    scores = {structure: dict(own) for structure, own in whole.scores.items()}
     for region in REGIONS:
         predicted, true = (np.isin(of, STRUCTURES[region]) for of in (labels, truth))
         lesions = lesion_scores(
