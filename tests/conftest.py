@@ -56,6 +56,22 @@ def undisturbed_log() -> Iterator[None]:
     log.handlers, log.level, log.propagate = before
 
 
+@pytest.fixture
+def log() -> Iterator[list[str]]:
+    """Lines of fedbrats' own log, each once: caplog sees a line twice once an earlier test has run a
+    command (pytest listens at the logger too that no longer hands on)."""
+    lines: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(self.format(record))
+
+    collector = Collector()
+    logging.getLogger("fedbrats").addHandler(collector)
+    yield lines
+    logging.getLogger("fedbrats").removeHandler(collector)
+
+
 @pytest.fixture(scope="session")
 def cohort_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BraTS folder with 18 subjects of 32x32x20 voxels at site-01, site-06 and site-13. Read only."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,18 +62,3 @@ def accepted(hospital: HospitalFolder, terms: Terms) -> HospitalFolder:
 
     accept(hospital, terms, terms.hash())
     return hospital
-
-
-@pytest.fixture
-def log() -> Iterator[list[str]]:
-    """Lines of fedbrats' own log."""
-    lines: list[str] = []
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(self.format(record))
-
-    collector = Collector()
-    logging.getLogger("fedbrats").addHandler(collector)
-    yield lines
-    logging.getLogger("fedbrats").removeHandler(collector)

@@ -285,9 +285,7 @@ def test_a_target_of_another_run_and_one_that_does_not_answer(run, tmp_path):
 
 
 @needs_tensorboard
-def test_following_ends_with_the_run_and_outlives_a_target_that_fails(
-    run, tmp_path, monkeypatch, caplog
-):
+def test_following_ends_with_the_run_and_outlives_a_target_that_fails(run, tmp_path, monkeypatch):
     monkeypatch.setattr(tracking, "LOOK_SECONDS", 0.05)
     add, calls = TensorBoard.add, []
 
@@ -315,11 +313,10 @@ def test_following_ends_with_the_run_and_outlives_a_target_that_fails(
 
 @needs_tensorboard
 def test_following_outlives_a_history_that_cannot_be_read_for_a_while(
-    run, tmp_path, monkeypatch, caplog
+    run, tmp_path, monkeypatch, log
 ):
     monkeypatch.setattr(tracking, "LOOK_SECONDS", 0.02)
     monkeypatch.setattr("server.history.COPY_SECONDS", 0.02)
-    monkeypatch.setattr(tracking.LOG, "propagate", True)
     finish(run)
     looks, numbers_as_told = [], tracking.numbers_of
     holder = sqlite3.connect(run / "history.sqlite", isolation_level=None, check_same_thread=False)
@@ -339,8 +336,7 @@ def test_following_outlives_a_history_that_cannot_be_read_for_a_while(
     )
     holder.close()
     assert len(looks) == 4
-    said = [record.getMessage() for record in caplog.records]
-    assert sum("tried again every" in text for text in said) == 1, said
+    assert sum("tried again every" in line for line in log) == 1, log
 
 
 @needs_tensorboard
