@@ -74,6 +74,7 @@ async function follow() {
 
 async function begin() {
   if (!document.createElement("canvas").getContext("webgl2")) {
+    $("empty").hidden = true;
     throw [{
       what: "This browser cannot draw in three dimensions (WebGL2)",
       remedy: "Take another browser, or switch on its hardware acceleration.",
