@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from common.config import FederationConfig
-from common.network import build_network
 from common.precision import protect_conv3d
 from common.seeds import derive_seed
 from common.weights import Weights, weights_of
@@ -13,6 +12,9 @@ from common.weights import Weights, weights_of
 
 def network_for(config: FederationConfig) -> torch.nn.Module:
     """The network with its initial weights, the same for the same seed, guarded against the bf16 bug."""
+    # imported here for MONAI takes seconds to load: who is refused before need not wait for it
+    from common.network import build_network
+
     whole = config.preprocess.mode == "resample"
     network = build_network(
         config.network.name,

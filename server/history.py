@@ -17,11 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from common.messages import SiteCard
 from common.metrics import SiteMetrics, mean_dice
 from common.statement import Signed
+
+if TYPE_CHECKING:
+    from common.messages import SiteCard
 
 COPY_SECONDS = 3.0  # that who only looks on waits for a writer, who needs milliseconds
 SCHEMA = """
@@ -218,6 +220,9 @@ class History:
             )
 
     def sites(self) -> list[SiteCard]:
+        # imported here for torch comes with it: no command's error should wait seconds for that
+        from common.messages import SiteCard
+
         rows = self._read(
             "SELECT *, site NOT IN (SELECT site FROM hidden) FROM sites ORDER BY site"
         )
