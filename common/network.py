@@ -42,9 +42,11 @@ from monai.networks.nets import (
     SegResNetVAE,
     UNet,
 )
+from monai.networks.nets.basic_unet import UpCat
 from torch import nn
 
 from common.brats import N_CLASSES
+from common.norm import GroupNorm, InstanceNorm
 
 NORMS = ("batch", "instance", "group")
 DEFAULT_CHANNELS = (16, 32, 64, 128, 256)
@@ -79,6 +81,11 @@ def build_network(
             torch.default_generator.manual_seed(seed)
         network = NETWORKS[name](in_channels, channels, tuple(patch_size))
     _set_norm(network, norm)
+    for module in network.modules():
+        if isinstance(module, UpCat):
+            # The sides are multiples, so nothing is ever padded; asked all the same, MONAI has torch
+            # copy the whole volume.
+            module.is_pad = False
     return network
 
 
@@ -264,6 +271,6 @@ def _norm_layer(norm: str, width: int) -> nn.Module:
     if norm == "batch":
         return nn.BatchNorm3d(width)
     if norm == "instance":
-        return nn.InstanceNorm3d(width, affine=True)
+        return InstanceNorm(width, affine=True)
     groups = max(n for n in range(1, 9) if width % n == 0 and (width // n >= 2 or n == 1))
-    return nn.GroupNorm(groups, width)
+    return GroupNorm(groups, width)

@@ -8,6 +8,7 @@ from safetensors.torch import save
 from torch import nn
 
 from common.network import NETWORKS, NORMS, build_network, parameter_count, segment, size_multiple
+from common.norm import GroupNorm, InstanceNorm
 from common.precision import autocast, autocast_dtype, protect_conv3d
 
 CHANNELS = (4, 8, 16, 32, 64)
@@ -107,7 +108,7 @@ def test_without_a_seed_the_random_state_is_used():
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_norm_asked_for_is_the_only_one_and_learns(name, norm):
-    kinds = {"batch": nn.BatchNorm3d, "instance": nn.InstanceNorm3d, "group": nn.GroupNorm}
+    kinds = {"batch": nn.BatchNorm3d, "instance": InstanceNorm, "group": GroupNorm}
     layers = [m for m in small(name, norm=norm).modules() if isinstance(m, tuple(kinds.values()))]
     assert layers
     for layer in layers:
