@@ -30,6 +30,7 @@ from client.privacy import NotProtectable
 from client.private_answers import private_report, private_update
 from client.secure_round import RoundRefused, answer_stage, answer_task
 from client.site import Site, load_site
+from client.thrift import GpuTooSmall
 from client.training import TrainingDiverged, train
 from common.config import FederationConfig
 from common.files import write_text_atomically
@@ -68,6 +69,7 @@ class TaskRefused(RuntimeError):
 FOR_BOTH_SIDES = (
     TaskRefused,
     TrainingDiverged,
+    GpuTooSmall,
     BudgetSpent,
     NotProtectable,
     RoundRefused,

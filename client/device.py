@@ -39,5 +39,7 @@ def is_full_memory(error: BaseException) -> bool:
 
 
 def use_threads(training: Training) -> None:
-    """Fix the number of CPU threads, on which the last bits of every sum depend."""
+    """Fix the number of CPU threads, on which the last bits of every sum depend; on a GPU, let
+    cuDNN try its ways of each convolution and keep the fastest."""
     torch.set_num_threads(training.threads or available_cores())
+    torch.backends.cudnn.benchmark = True

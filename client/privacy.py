@@ -26,14 +26,13 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from client.accounting import Steps
+from client.forward import forward_of
 from client.samples import augmented, sample
 from client.system_noise import add_system_gaussian, system_sample
 from client.training import Outcome
 from common.brats import N_CLASSES
 from common.config import FederationConfig
 from common.loss import dice_focal_loss
-from common.network import segment
-from common.precision import autocast, autocast_dtype
 from common.progress import remark, track
 from common.seeds import derive_seed
 from sites.cache import CachedSubject
@@ -125,7 +124,6 @@ def train_privately(
         NotProtectable: the network or the loss cannot be trained privately.
     """
     require_protectable(network, config)
-    dtype = autocast_dtype(config.training.precision, device)
     names, scans = list(patients), list(patients.values())
     network.train()
     losses: list[float] = []
@@ -145,7 +143,6 @@ def train_privately(
             np.random.default_rng(derive_seed(config.seed, "order", *own)),
             torch.Generator().manual_seed(derive_seed(config.seed, "augment", *own)),
             device,
-            dtype,
         )
         losses.append(loss)
         remark(f"loss {loss:.3f}")
@@ -203,25 +200,20 @@ def patient_gradient(
     order: np.random.Generator,
     generator: torch.Generator,
     device: torch.device,
-    dtype: torch.dtype | None,
 ) -> tuple[Gradient, float]:
     """The gradient, fp32, of the mean loss over `privacy.crops` crops of each scan; and that loss."""
     t = config.training
     parameters = [p for p in network.parameters() if p.requires_grad]
-    pairs = [sample(scan, config, order) for scan in scans for _ in range(config.privacy.crops)]
+    forward = forward_of(config, device)
+    crops = [scan for scan in scans for _ in range(config.privacy.crops)]
+    pairs = [sample(scan, config, order, device) for scan in crops]
     total: Gradient = []
     mean = 0.0
     for start in range(0, len(pairs), t.batch_size):
         images, labels = zip(*pairs[start : start + t.batch_size], strict=True)
-        batch = torch.from_numpy(np.stack(images)).to(device)
-        truth = torch.from_numpy(np.stack(labels)).to(device)
-        batch, truth = augmented(batch, truth, t, generator)
+        batch, truth = augmented(torch.stack(images), torch.stack(labels), t, generator)
         share = len(batch) / len(pairs)
-        with autocast(device, dtype):
-            logits, auxiliary = segment(
-                network, batch.contiguous(memory_format=torch.channels_last_3d)
-            )
-        loss = dice_focal_loss(logits, truth, **config.loss.model_dump())
+        loss, auxiliary = forward(network, batch, truth)
         loss = share * (loss if auxiliary is None else loss + auxiliary)
         found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         total = list(map(torch.add, total, found)) if total else list(found)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from client.held_volumes import Volume, held
 from common.config import FederationConfig, Training
 from sites.augment import augment
 from sites.cache import CachedSubject
@@ -13,42 +17,59 @@ TUMOUR_CENTRED = 0.5  # share of patches that hold tumour for certain; nnU-Net h
 
 
 def sample(
-    subject: CachedSubject, config: FederationConfig, order: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Image (C, X, Y, Z) float32 and labels (X, Y, Z) uint8: the whole working grid, or a patch."""
-    image, labels = subject.image(), subject.labels()
-    if config.preprocess.mode == "patches":
-        return _patch(image, labels, config.training.patch, order)
-    return np.asarray(image, np.float32), np.asarray(labels)
-
-
-def _patch(
-    image: np.ndarray,
-    labels: np.ndarray,
-    size: tuple[int, int, int],
+    subject: CachedSubject,
+    config: FederationConfig,
     order: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
-    """A random patch, by even chance around a random tumour voxel; padded with zeros if too small."""
-    shape = labels.shape
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image (C, X, Y, Z) float32 and labels (X, Y, Z) uint8 on `device`: the whole working grid, or
+    a patch, by even chance around a random tumour voxel and padded with zeros if the grid is smaller."""
+    volume = held(subject, device)
+    if config.preprocess.mode != "patches":
+        return _cut(volume, (slice(None),) * 3, volume.shape, device)
+    size = config.training.patch
+    starts = _starts(volume, size, order)
+    return _cut(
+        volume, tuple(slice(s, s + p) for s, p in zip(starts, size, strict=True)), size, device
+    )
+
+
+def _starts(volume: Volume, size: Sequence[int], order: np.random.Generator) -> list[int]:
+    """The lowest corner of a random patch."""
+    shape = volume.shape
     # both draws are always made, so that what follows does not depend on the labels
     about_tumour, where = order.random() < TUMOUR_CENTRED, order.random(4)
-    starts = [int(u * (max(n - p, 0) + 1)) for u, n, p in zip(where[:3], shape, size, strict=True)]
     if about_tumour:
-        tumour = np.flatnonzero(labels)
+        tumour = volume.tumour()
         if tumour.size:
             voxel = np.unravel_index(tumour[int(where[3] * tumour.size)], shape)
-            starts = [
+            return [
                 int(np.clip(v - p // 2, 0, max(n - p, 0)))
                 for v, n, p in zip(voxel, shape, size, strict=True)
             ]
-    x, y, z = (slice(s, s + p) for s, p in zip(starts, size, strict=True))
-    inside = labels[x, y, z]
-    fits = tuple(slice(0, n) for n in inside.shape)
-    patch = np.zeros((image.shape[0], *size), np.float32)
-    patch[(slice(None), *fits)] = image[:, x, y, z]
-    patch_labels = np.zeros(size, np.uint8)
-    patch_labels[fits] = inside
-    return patch, patch_labels
+    return [int(u * (max(n - p, 0) + 1)) for u, n, p in zip(where[:3], shape, size, strict=True)]
+
+
+def _cut(
+    volume: Volume, box: tuple[slice, ...], size: Sequence[int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    image = _on(device, volume.image[(slice(None), *box)]).float()
+    labels = _on(device, volume.labels[box])
+    short = [p - n for p, n in zip(reversed(size), reversed(labels.shape), strict=True)]
+    if any(short):
+        padding = [part for missing in short for part in (0, missing)]
+        image, labels = F.pad(image, padding), F.pad(labels, padding)
+    return image, labels
+
+
+def _on(device: torch.device, part: np.ndarray | torch.Tensor) -> torch.Tensor:
+    if isinstance(part, torch.Tensor):
+        return part
+    copied = torch.from_numpy(np.array(part))  # off the disk; contiguous, in memory of our own
+    if device.type == "cuda":
+        # page-locked, so that the copy runs while the GPU computes
+        return copied.pin_memory().to(device, non_blocking=True)
+    return copied.to(device)
 
 
 def augmented(

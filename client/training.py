@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from client.samples import augmented, sample
+from client.batches import batches, samples_of_an_epoch
+from client.forward import forward_of
+from client.samples import augmented
+from client.thrift import Thrift, recomputing, within_memory
 from common.config import FederationConfig
-from common.loss import dice_focal_loss
-from common.network import segment
-from common.precision import autocast, autocast_dtype
 from common.progress import remark, track
 from common.seeds import derive_seed
 from sites.cache import CachedSubject
@@ -52,44 +53,117 @@ def train(
 
     Raises:
         TrainingDiverged: the loss or the weights are not finite; the text says at which step.
+        GpuTooSmall: a step does not fit into the GPU's memory.
     """
+
+    def attempt(thrift: Thrift) -> Outcome:
+        return _train(
+            network,
+            subjects,
+            config,
+            site=site,
+            round_=round_,
+            learning_rate=learning_rate,
+            device=device,
+            thrift=thrift,
+        )
+
+    if device.type != "cuda":
+        return attempt(Thrift.NONE)
+    return within_memory(attempt, network, what=config.fingerprint(), site=site)
+
+
+def _train(
+    network: torch.nn.Module,
+    subjects: Sequence[CachedSubject],
+    config: FederationConfig,
+    *,
+    site: str,
+    round_: int,
+    learning_rate: float,
+    device: torch.device,
+    thrift: Thrift,
+) -> Outcome:
     t = config.training
-    dtype = autocast_dtype(t.precision, device)
     torch.manual_seed(derive_seed(config.seed, "torch", site, round_))  # the VAE's latent noise
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "augment", site, round_))
     order = np.random.default_rng(derive_seed(config.seed, "order", site, round_))
-    optimiser = torch.optim.Adam(network.parameters(), lr=learning_rate)
+    optimiser = torch.optim.Adam(
+        network.parameters(), lr=learning_rate, fused=True if device.type == "cuda" else None
+    )
     network.train()
-    samples = _samples(len(subjects), config)
+    samples = samples_of_an_epoch(len(subjects), config)
     steps = math.ceil(samples / t.batch_size) * t.epochs
+    usual = steps * config.rounds.number if thrift is Thrift.NONE else 0
+    forward = forward_of(config, device, usual)
     total, seen = torch.zeros((), device=device), 0
+    losses: deque[_Pending] = deque()
+    lag = 1 if device.type == "cuda" else 0  # waiting for this step's loss would leave the GPU idle
     begin = time.monotonic()
-    batches = _batches(subjects, config, order)
-    for step, (images, labels) in enumerate(
-        track(batches, f"round {round_}, {site}: training", steps, "batches"), start=1
-    ):
-        images, labels = images.to(device), labels.to(device)
+
+    def check(pending: _Pending) -> None:
+        so_far = pending.read()
+        if not math.isfinite(so_far):
+            raise TrainingDiverged(_diverged("loss was", site, round_, pending.step, steps))
+        remark(f"loss {so_far / pending.seen:.3f}")
+
+    made = batches(subjects, config, order, device)
+    what = f"round {round_}, {site}: training"
+    for step, (images, labels) in enumerate(track(made, what, steps, "batches"), start=1):
         images, labels = augmented(images, labels, t, generator)
-        with autocast(device, dtype):
-            logits, auxiliary = segment(
-                network, images.contiguous(memory_format=torch.channels_last_3d)
-            )
-        loss = dice_focal_loss(logits, labels, **config.loss.model_dump())
-        total += loss.detach() * len(images)
         optimiser.zero_grad(set_to_none=True)
-        (loss if auxiliary is None else loss + auxiliary).backward()
+        for part, truth in _parts(images, labels, thrift):
+            share = len(part) / len(images)
+            with recomputing(network, thrift):
+                loss, auxiliary = forward(network, part, truth)
+            total += loss.detach() * len(part)
+            whole = loss if auxiliary is None else loss + auxiliary
+            (whole if share == 1 else whole * share).backward()
         if t.gradient_clip is not None:
             torch.nn.utils.clip_grad_norm_(network.parameters(), t.gradient_clip)
         optimiser.step()
-        so_far = float(total)
-        if not math.isfinite(so_far):
-            raise TrainingDiverged(_diverged("loss was", site, round_, step, steps))
         seen += len(images)
-        remark(f"loss {so_far / seen:.3f}")
+        losses.append(_Pending.of(total, step, seen))
+        if len(losses) > lag:
+            check(losses.popleft())
+    while losses:
+        check(losses.popleft())
     if not all(bool(torch.isfinite(parameter).all()) for parameter in network.parameters()):
         raise TrainingDiverged(_diverged("weights were", site, round_, steps, steps))
     count = samples * t.epochs
     return Outcome(float(total) / count, steps, count, time.monotonic() - begin)
+
+
+def _parts(
+    images: torch.Tensor, labels: torch.Tensor, thrift: Thrift
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The batch, or its subjects one by one."""
+    size = len(images) if thrift is Thrift.NONE else 1
+    return zip(images.split(size), labels.split(size), strict=True)
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """The sum of losses until a step, on its way from the device."""
+
+    value: torch.Tensor
+    landed: torch.cuda.Event | None
+    step: int
+    seen: int
+
+    @classmethod
+    def of(cls, total: torch.Tensor, step: int, seen: int) -> _Pending:
+        if total.device.type != "cuda":
+            return cls(total.clone(), None, step, seen)
+        value = torch.empty((), pin_memory=True).copy_(total, non_blocking=True)
+        landed = torch.cuda.Event()
+        landed.record()
+        return cls(value, landed, step, seen)
+
+    def read(self) -> float:
+        if self.landed is not None:
+            self.landed.synchronize()
+        return float(self.value)
 
 
 def _diverged(what: str, site: str, round_: int, step: int, steps: int) -> str:
@@ -97,25 +171,3 @@ def _diverged(what: str, site: str, round_: int, step: int, steps: int) -> str:
         f"{site}: the {what} not finite at step {step} of {steps} in round {round_}; "
         "lower training.learning_rate or set training.precision to fp32."
     )
-
-
-def _samples(subjects: int, config: FederationConfig) -> int:
-    """Training samples of one epoch."""
-    patches = config.preprocess.mode == "patches"
-    return subjects * (config.training.patches_per_subject if patches else 1)
-
-
-def _batches(
-    subjects: Sequence[CachedSubject], config: FederationConfig, order: np.random.Generator
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Images (B, C, X, Y, Z) float32 and labels (B, X, Y, Z) uint8, every subject equally often."""
-    size = config.training.batch_size
-    count = _samples(len(subjects), config)
-    for _ in range(config.training.epochs):
-        sequence = order.permutation(count) % len(subjects)
-        for start in range(0, count, size):
-            pairs = [
-                sample(subjects[index], config, order) for index in sequence[start : start + size]
-            ]
-            images, labels = zip(*pairs, strict=True)
-            yield torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels))
