@@ -3,15 +3,18 @@ deformation, intensity and noise.
 
 One sampling grid per subject holds rotation, zoom and deformation together, so a volume is
 interpolated once, not once per change. The idea is MONAI's and nnU-Net's (batchgenerators'
-SpatialTransform); not MONAI's own Rand3DElastic, because that takes one subject at a time on the
-CPU, and these changes together cost it 8 to 9 times as much (128^3 x 4, one thread, two
-measurements). The random distributions are alike, not equal.
+SpatialTransform); not MONAI's own Rand3DElastic, because these changes together cost that several
+times as much (benchmarks/augmentation_speed.py). The random distributions are alike, not equal.
+
+All parameters are drawn on the CPU and go to a GPU in two or three small copies that nothing waits
+for; no value comes back.
 Nothing here is needed to evaluate or to predict.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch.nn import functional
@@ -78,16 +81,17 @@ def augment(
         for b in range(batch)
     ]
     if any(new[0] is not old[0] for new, old in zip(moved, pairs, strict=True)):
-        images = torch.stack([image for image, _ in moved])
         labels = torch.stack([label for _, label in moved])
     if intensity_scale or intensity_shift or noise:
         images = _recoloured(
-            images,
+            [image for image, _ in moved],
             factor=1 + intensity_scale * (2 * factor - 1),
             shift=intensity_shift * (2 * shift - 1),
             spread=noise * spread,
             seeds=[seed for _, seed in seeds],
         )
+    elif any(new[0] is not old[0] for new, old in zip(moved, pairs, strict=True)):
+        images = torch.stack([image for image, _ in moved])
     return images, labels
 
 
@@ -105,17 +109,10 @@ def _moved(
         image, label = image.flip(axes), label.flip(axes)
     if affine is None and not elastic_voxels:
         return image, label
-    size = label.shape
-    extent = torch.tensor([float(n) for n in reversed(size)])  # x, y, z, as grid_sample counts
-    matrix = torch.eye(3) if affine is None else affine
-    # A grid's coordinates run from -1 to 1 along every axis, however long: a rotation in them would
-    # shear a volume that is not a cube. So: to voxels, rotate, back.
-    matrix = matrix * extent / extent[:, None]
-    theta = torch.cat([matrix, torch.zeros(3, 1)], dim=1).to(image.device)
-    grid = functional.affine_grid(theta[None], [1, 1, *size], align_corners=False)
+    grid = _affine_grid(label.shape, torch.eye(3) if affine is None else affine, image.device)
     if elastic_voxels:
-        field = _smooth_field(size, seed, image.device) * elastic_voxels
-        grid += field.permute(1, 2, 3, 0) * (2 / extent).to(image.device)
+        grid += _smooth_field(label.shape, seed, elastic_voxels, image.device)
+    grid = grid.permute(1, 2, 3, 0)[None]
     # float32 throughout: half precision cannot tell neighbouring voxels of a long axis apart.
     image_out = functional.grid_sample(
         image[None].float(), grid, mode="bilinear", align_corners=False
@@ -124,6 +121,23 @@ def _moved(
         label[None, None].float(), grid, mode="nearest", align_corners=False
     )
     return image_out[0].to(image.dtype), label_out[0, 0].to(label.dtype)
+
+
+def _affine_grid(size: torch.Size, matrix: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """(3, D, H, W): where each voxel comes from by a matrix in voxels, as grid_sample counts: x, y, z
+    and -1 to 1 along every axis, however long.
+
+    As torch's affine_grid, which takes 20 times as long on a CPU: a sum of three lines of numbers."""
+    extent = torch.tensor([float(n) for n in reversed(size)])  # x, y, z
+    # A rotation in grid_sample's coordinates would shear a volume that is not a cube. So: to
+    # voxels, rotate, back.
+    matrix = matrix * extent / extent[:, None]
+    lines = [
+        matrix[:, axis, None] * ((2 * torch.arange(n) + 1) / n - 1)
+        for axis, n in enumerate(reversed(size))
+    ]
+    x, y, z = torch.cat(lines, dim=1).to(device, non_blocking=True).split([*reversed(size)], dim=1)
+    return (z[:, :, None] + y[:, None])[..., None] + x[:, None, None]
 
 
 def _affine(
@@ -143,40 +157,54 @@ def _affine(
     return about_z @ about_y @ about_x / (1 + scale * (2 * zoom - 1))
 
 
-def _smooth_field(size: torch.Size, seed: int, device: torch.device) -> torch.Tensor:
-    """(3, D, H, W) twice differentiable random field of zero mean and unit variance."""
+def _smooth_field(size: torch.Size, seed: int, voxels: float, device: torch.device) -> torch.Tensor:
+    """(3, D, H, W) twice differentiable random displacements x, y, z of zero mean and a standard
+    deviation of so many voxels, in units of half an axis."""
     # The few control points are drawn on the CPU: the same deformation on every device.
     generator = torch.Generator().manual_seed(seed)
     field = torch.randn([3, *(math.ceil(n / KNOT_SPACING) + 3 for n in size)], generator=generator)
-    field = field.to(device)
+    field *= torch.tensor([2 * voxels / n for n in reversed(size)])[:, None, None, None]
+    field = field.to(device, non_blocking=True)
     for axis, n in enumerate(size, start=1):
-        knots = field.shape[axis]
-        away = torch.arange(n, device=device)[:, None] / KNOT_SPACING + 1
-        away = (away - torch.arange(knots, device=device)).abs()
-        # The cubic B-spline; rows of unit length keep the variance 1 between knots, too.
-        weights = (2 - away).clamp(min=0) ** 3 - 4 * (1 - away).clamp(min=0) ** 3
-        weights = functional.normalize(weights, dim=1)
+        weights = _spline(n, device)
         field = torch.tensordot(field, weights, dims=([axis], [1])).movedim(-1, axis)
     return field
 
 
+@cache
+def _spline(n: int, device: torch.device) -> torch.Tensor:
+    """(n, knots): the share of each control point in each of n voxels of an axis."""
+    away = torch.arange(n)[:, None] / KNOT_SPACING + 1
+    away = (away - torch.arange(math.ceil(n / KNOT_SPACING) + 3)).abs()
+    # The cubic B-spline; rows of unit length keep the variance 1 between knots, too.
+    weights = (2 - away).clamp(min=0) ** 3 - 4 * (1 - away).clamp(min=0) ** 3
+    return functional.normalize(weights, dim=1).to(device)
+
+
 def _recoloured(
-    images: torch.Tensor,
+    images: list[torch.Tensor],
     *,
     factor: torch.Tensor,
     shift: torch.Tensor,
     spread: torch.Tensor,
     seeds: list[int],
 ) -> torch.Tensor:
-    """Images times factor (B, C) plus shift (B, C) plus noise of deviation spread (B, 1), but 0
-    where they were 0."""
-    device = images.device
-    changed = images.float() * factor[:, :, None, None, None].to(device)
-    for b, seed in enumerate(seeds):
-        added = shift[b, :, None, None, None].to(device)
-        if deviation := spread[b].item():
-            generator = torch.Generator(device=device).manual_seed(seed)
-            field = torch.randn(images.shape[1:], generator=generator, device=device)
-            added = field.mul_(deviation).add_(added)
-        changed[b].add_(added * (images[b] != 0))
-    return changed.to(images.dtype)
+    """Images (B times (C, D, H, W)) times factor (B, C) plus shift (B, C) plus noise of deviation
+    spread (B, 1), but 0 where they were 0."""
+    like, device = images[0], images[0].device
+    factors, shifts = torch.stack([factor, shift])[..., None, None, None].to(
+        device, non_blocking=True
+    )
+    changed = torch.empty((len(images), *like.shape), device=device)
+    for b, image in enumerate(images):
+        image = image.float()
+        if deviation := spread[b].item():  # on the CPU
+            generator = torch.Generator(device=device).manual_seed(seeds[b])
+            added = torch.randn(image.shape, generator=generator, device=device)
+            added.mul_(deviation).add_(shifts[b])
+        else:
+            added = shifts[b].expand_as(image).contiguous()
+        # floats from floats: booleans are several times slower here on a CPU
+        added.mul_(torch.ne(image, 0, out=torch.empty_like(image)))
+        torch.addcmul(added, image, factors[b], out=changed[b])
+    return changed.to(like.dtype)

@@ -10,6 +10,7 @@ from monai.metrics import (
     DiceMetric,
     HausdorffDistanceMetric,
     MeanIoU,
+    get_confusion_matrix,
 )
 from scipy.ndimage import binary_erosion
 from scipy.spatial import cKDTree
@@ -144,6 +145,17 @@ def test_scores_and_hd95_equal_monai():
     for structure, values in sums.items():
         for name, value in values.items():
             assert found[structure][name] == pytest.approx(value)
+
+
+def test_counts_equal_monais_to_the_voxel():
+    prediction, truth = volumes()
+    counts = get_confusion_matrix(one_hot(prediction), one_hot(truth))[0]
+    confusion = confusion_matrix(prediction, truth)
+    for labels, (tp, fp, tn, fn) in zip(STRUCTURES.values(), counts.long().tolist(), strict=True):
+        hit = confusion[np.ix_(labels, labels)].sum()
+        true, predicted = confusion[list(labels)].sum(), confusion[:, list(labels)].sum()
+        assert (hit, predicted - hit, true - hit) == (tp, fp, fn)
+        assert confusion.sum() - true - predicted + hit == tn
 
 
 def confusion_of(ours: torch.Tensor, theirs: torch.Tensor, channel: int) -> dict[str, float]:

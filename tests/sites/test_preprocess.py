@@ -11,7 +11,7 @@ import torch
 
 from common.brats import MODALITIES
 from sites.checks import Scan, examine
-from sites.preprocess import Prepared, Recipe, prepare, restore
+from sites.preprocess import Prepared, Recipe, best_class, prepare, restore
 from sites.subject import Subject, discover
 
 SHAPE = (40, 36, 30)
@@ -249,3 +249,22 @@ def test_one_subject_on_lps_and_on_ras_axes_gives_the_same_voxels(tmp_path: Path
     np.testing.assert_array_equal(ras.labels, lps.labels)
     np.testing.assert_array_equal(ras.truth, lps.truth)
     assert ras.geometry == lps.geometry
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_best_class_is_the_first_of_the_highest(dtype, channels_last):
+    scores = torch.randint(-2, 3, (4, 6, 7, 8), generator=torch.Generator().manual_seed(0))
+    scores = scores.to(dtype)  # few values, so that most voxels have equals
+    scores[:, 0, 0, :4] = torch.tensor([[1, 5, 0, 0], [1, 5, 7, 0], [1, 4, 7, 2], [1, 5, 1, 2]])
+    scores[0, 1], scores[:, 2, 0, 0] = -torch.inf, -torch.inf
+    expected = scores.float().numpy().argmax(axis=0)  # the first, says numpy
+    assert expected[0, 0, :4].tolist() == [0, 0, 1, 2]
+    scores[:, 3, 0, 0], expected[3, 0, 0] = torch.nan, 0
+    if channels_last:
+        scores = scores[None].contiguous(memory_format=torch.channels_last_3d)[0]
+    before = scores.clone()
+    found = best_class(scores)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, expected)
+    torch.testing.assert_close(scores, before, rtol=0, atol=0, equal_nan=True)
