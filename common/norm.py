@@ -14,8 +14,11 @@ arXiv:1803.08494). Batch norm needs nothing of this.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
@@ -48,10 +51,58 @@ def _normalised(
 ) -> torch.Tensor:
     """Each of `groups` runs of channels of each subject with mean 0 and variance 1, computed in
     fp32, times `weight` plus `bias` (C); of the images' type."""
-    batch, channels, *size = images.shape
-    grouped = images.float().view(batch, groups, channels // groups, *size)
-    variance, mean = torch.var_mean(grouped, dim=(2, 3, 4, 5), keepdim=True, correction=0)
-    grouped = (grouped - mean) * torch.rsqrt(variance + eps)
-    per_channel = (1, channels, 1, 1, 1)
-    scaled = grouped.view(images.shape) * weight.view(per_channel) + bias.view(per_channel)
-    return scaled.to(images.dtype)
+    result: torch.Tensor = _Normalised.apply(images, weight, bias, groups, eps)
+    return result
+
+
+class _Normalised(torch.autograd.Function):
+    """With x' = (x - mean) / deviation over the N values of a group, y = w x' + b and dy given:
+
+        d w_c = sum dy x',  d b_c = sum dy,  d x = (w dy - mean(w dy) - x' mean(w dy x')) / deviation
+
+    with both sums over the same pass. Autograd through the forward formula takes three.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        images: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        groups: int,
+        eps: float,
+    ) -> torch.Tensor:
+        grouped = _grouped(images.float(), groups)
+        variance, mean = torch.var_mean(grouped, dim=(2, 3, 4, 5), keepdim=True, correction=0)
+        scale = torch.rsqrt(variance + eps)
+        ctx.save_for_backward(images, weight, mean, scale)
+        ctx.groups = groups
+        normal = ((grouped - mean) * scale).view(images.shape)
+        return (normal * weight.view(_PER_CHANNEL) + bias.view(_PER_CHANNEL)).to(images.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        images, weight, mean, scale = ctx.saved_tensors
+        groups: int = ctx.groups
+        grouped = (_grouped(images.float(), groups) - mean) * scale
+        dy = upstream.float()
+        of_bias = dy.sum((2, 3, 4))  # (B, C)
+        of_weight = (dy * grouped.view(images.shape)).sum((2, 3, 4))
+        count = grouped[0, 0].numel()
+
+        def group_mean(sums: torch.Tensor) -> torch.Tensor:
+            return _grouped((sums * weight)[..., None, None, None], groups).sum(2, True) / count
+
+        towards = _grouped(dy * weight.view(_PER_CHANNEL), groups)
+        towards = (towards - group_mean(of_bias) - grouped * group_mean(of_weight)) * scale
+        of_images = towards.view(images.shape).to(images.dtype)
+        return of_images, of_weight.sum(0), of_bias.sum(0), None, None
+
+
+_PER_CHANNEL = (1, -1, 1, 1, 1)
+
+
+def _grouped(images: torch.Tensor, groups: int) -> torch.Tensor:
+    """(B, C, D, H, W) as (B, groups, C / groups, D, H, W)."""
+    return images.unflatten(1, (groups, images.shape[1] // groups))
