@@ -179,7 +179,8 @@ def _normalise(volume: np.ndarray, how: str) -> None:
     values = volume[volume != 0]
     if values.size == 0:
         return
-    mean, deviation = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
+    means = values.mean(dtype=np.float64, keepdims=True)
+    mean, deviation = means.item(), float(np.std(values, dtype=np.float64, mean=means))
     for plane in volume:
         outside = plane == 0
         plane -= mean
