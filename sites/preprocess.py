@@ -106,8 +106,8 @@ def prepare(scan: Scan, recipe: Recipe) -> Prepared:
         torch.from_numpy(image[channel]).copy_(_resize_image(normalised, target))
     labels = truth = None
     if scan.labels is not None:
-        labels = _resize_labels(_in_c_order(scan.labels[crop], np.uint8), target)
         truth = _in_c_order(scan.labels[_slices(truth_box)], np.uint8)
+        labels = _resize_labels(np.ascontiguousarray(truth[_inside(box, truth_box)]), target)
     return Prepared(image, labels, truth, geometry)
 
 
@@ -133,8 +133,7 @@ def best_class(scores: torch.Tensor) -> np.ndarray:
 def placed(inside: np.ndarray, geometry: Geometry) -> np.ndarray:
     """Labels of `geometry.box` inside `geometry.truth_box`; what is around the brain is background."""
     labels = np.zeros(_extent(geometry.truth_box), np.uint8)
-    offset = np.subtract(geometry.box[0], geometry.truth_box[0])
-    labels[_slices((tuple(offset), tuple(offset + geometry.box_shape)))] = inside
+    labels[_inside(geometry.box, geometry.truth_box)] = inside
     return labels
 
 
@@ -230,6 +229,12 @@ def _union(a: tuple[Triple, Triple], b: tuple[Triple, Triple]) -> tuple[Triple, 
 def _slices(box: tuple[Triple, Triple]) -> tuple[slice, slice, slice]:
     (x0, y0, z0), (x1, y1, z1) = box
     return slice(x0, x1), slice(y0, y1), slice(z0, z1)
+
+
+def _inside(box: tuple[Triple, Triple], outer: tuple[Triple, Triple]) -> tuple[slice, ...]:
+    """Where `box` is in an array of the voxels of `outer`."""
+    pairs = zip(_slices(box), outer[0], strict=True)
+    return tuple(slice(part.start - first, part.stop - first) for part, first in pairs)
 
 
 def _extent(box: tuple[Triple, Triple]) -> Triple:
