@@ -320,8 +320,6 @@ def _streamed(stream: Any, already: bytes, header: _Header) -> np.ndarray:
 
 def _native(flat: np.ndarray, header: _Header) -> np.ndarray:
     """The same numbers scaled, as an integer type of this machine or as float32."""
-    if not flat.flags.aligned:  # an odd vox_offset
-        flat = flat.copy()
     if not header.dtype.isnative:
         flat = flat.byteswap(inplace=True).view(header.dtype.newbyteorder("="))
     slope, intercept = header.scaling
