@@ -200,18 +200,26 @@ def _key(subject: Subject, recipe: Recipe, hashes: sqlite3.Connection) -> str:
     files = {m: [subject.images[m]] for m in recipe.modalities if m in subject.images}
     if subject.segmentation is not None:
         files[SEGMENTATION] = [subject.segmentation]
+    settled: list[tuple[Any, ...]] = []
     parts = {
-        role: [_content_hash(path, hashes) for path in (*paths, *subject.duplicates.get(role, ()))]
+        role: [
+            _content_hash(path, hashes, settled)
+            for path in (*paths, *subject.duplicates.get(role, ()))
+        ]
         for role, paths in files.items()
     }
+    if settled:
+        with hashes:  # one commit, thus one wait for the disk, for all files of a subject
+            hashes.executemany("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?)", settled)
     text = json.dumps({"id": subject.id, "files": parts, "recipe": asdict(recipe)}, sort_keys=True)
     return f"{subject.id}-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
 
 
-def _content_hash(path: Path, hashes: sqlite3.Connection) -> str:
+def _content_hash(path: Path, hashes: sqlite3.Connection, settled: list[tuple[Any, ...]]) -> str:
     """sha256 of the file; not read again while its size and both of its times stay the same.
 
-    The change time too, because it alone tells when two files of one size and age swap names.
+    The change time too, because it alone tells when two files of one size and age swap names. What
+    `hashes` does not hold yet is appended to `settled`.
     """
     try:
         status = path.stat()
@@ -232,8 +240,7 @@ def _content_hash(path: Path, hashes: sqlite3.Connection) -> str:
     except OSError:
         return "unreadable"  # the check names the file and the reason
     if time.time() - status.st_ctime > SETTLED_SECONDS:
-        with hashes:
-            hashes.execute("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?)", (*stamp, digest))
+        settled.append((*stamp, digest))
     return digest
 
 

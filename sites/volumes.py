@@ -1,8 +1,10 @@
 """Read one NIfTI volume, trusting nothing in it, and turn it to RAS axes.
 
 The header is parsed by nibabel and judged before memory for voxels is set aside; then every byte
-of the file is read, because damage to a gzip file shows only there. What the voxels mean (labels,
-an empty image, files that do not match each other) is for `sites.checks`.
+of the file is read, because damage to a gzip file shows only there. A sound gzip file of one part,
+as nearly all are, is unpacked in one go by libdeflate, 2.5 times as fast as by zlib; any other is
+read as a stream, which knows what is wrong with it. What the voxels mean (labels, an empty image,
+files that do not match each other) is for `sites.checks`.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import deflate
 import nibabel
 import numpy as np
 from nibabel.affines import obliquity, voxel_sizes
@@ -86,8 +89,10 @@ def read_volume(path: Path, *, most_bytes: int | None = None) -> Volume:
         with path.open("rb") as raw:
             _check_container(raw.read(256), compressed)
             raw.seek(0)
-            stream: Any = gzip.GzipFile(fileobj=raw, mode="rb") if compressed else raw
-            return _read(stream, size * _DEFLATE_LIMIT if compressed else size, most_bytes)
+            if not compressed:
+                return _read(raw, None, size, most_bytes)
+            stream = gzip.GzipFile(fileobj=raw, mode="rb")
+            return _read(stream, raw, size * _DEFLATE_LIMIT, most_bytes)
     except EOFError:
         raise VolumeError("truncated", "the compressed data end too early", remedy) from None
     except (gzip.BadGzipFile, zlib.error):
@@ -127,7 +132,8 @@ def _nifti_kind(start: bytes) -> tuple[Any, str] | None:
     return None
 
 
-def _read(stream: Any, limit: int, most_bytes: int | None) -> Volume:
+def _read(stream: Any, packed: BinaryIO | None, limit: int, most_bytes: int | None) -> Volume:
+    """From the unpacked `stream`, or at once from the `packed` file below it where that works."""
     start = stream.read(540)
     found = _nifti_kind(start)
     remedy = "Put the scan itself there, as NIfTI-1 or NIfTI-2."
@@ -152,7 +158,12 @@ def _read(stream: Any, limit: int, most_bytes: int | None) -> Volume:
 
     extensions = start[n_header:] + stream.read(max(0, header.offset - len(start)))
     surplus = start[header.offset :]  # voxels already read, when the header is the shorter kind
-    voxels = _voxels(stream, surplus, header)
+    content = None if packed is None else _unpacked(packed, header.offset + n_bytes)
+    if content is None:
+        flat = _streamed(stream, surplus, header)
+    else:
+        flat = np.frombuffer(content, header.dtype, offset=header.offset)
+    voxels = _native(flat, header).reshape(header.shape, order="F")
     ras = np.asfortranarray(apply_orientation(voxels, header.ornt))
     return Volume(
         voxels=ras,
@@ -255,8 +266,37 @@ def _affine(fields: Any, shape: tuple[int, int, int]) -> tuple[np.ndarray, bool]
     return affine, oriented
 
 
-def _voxels(stream: Any, already: bytes, header: _Header) -> np.ndarray:
-    """The file's voxels on its own axes. Reads to the end of the file, where gzip's CRC is."""
+def _unpacked(packed: BinaryIO, n_bytes: int) -> bytearray | None:
+    """All `n_bytes` of a gzip file that is one sound part of exactly that size, else None.
+
+    Where `packed` is read from next stays as it was.
+    """
+    place = packed.tell()
+    size = packed.seek(0, io.SEEK_END)
+    if size > n_bytes + n_bytes // 64 + 2**16:  # no packer makes a file that much larger
+        packed.seek(place)
+        return None
+    packed.seek(0)
+    content = packed.read(size)
+    packed.seek(place)
+    # A part ends with its size, and libdeflate is silent about what follows the first part. That
+    # nothing does is certain if the size stands at the very end of the file and nowhere else.
+    if content[-4:] != n_bytes.to_bytes(4, "little"):
+        return None
+    n = len(content)
+    numbers = (np.frombuffer(content, "<u4", (n - shift) // 4, shift) for shift in range(4))
+    if sum(int(np.count_nonzero(number == n_bytes)) for number in numbers) > 1:
+        return None
+    try:
+        # never larger than what the judged header asks for, whatever the file says
+        unpacked = deflate.gzip_decompress(content, n_bytes)
+    except (deflate.DeflateError, ValueError):
+        return None
+    return unpacked if len(unpacked) == n_bytes else None
+
+
+def _streamed(stream: Any, already: bytes, header: _Header) -> np.ndarray:
+    """The voxels in the file's order. Reads to the end of the file, where gzip's CRC is."""
     flat = np.empty(int(np.prod(header.shape)), dtype=header.dtype)
     target = flat.view(np.uint8).data
     filled = min(len(already), len(target))
@@ -275,7 +315,11 @@ def _voxels(stream: Any, already: bytes, header: _Header) -> np.ndarray:
     if left >= slice_bytes:
         what = "the file holds more voxels than its header says"
         raise VolumeError("surplus-voxels", what, "Export the scan again; its header is wrong.")
+    return flat
 
+
+def _native(flat: np.ndarray, header: _Header) -> np.ndarray:
+    """The same numbers scaled, as an integer type of this machine or as float32."""
     if not header.dtype.isnative:
         flat = flat.byteswap(inplace=True).view(header.dtype.newbyteorder("="))
     slope, intercept = header.scaling
@@ -287,7 +331,7 @@ def _voxels(stream: Any, already: bytes, header: _Header) -> np.ndarray:
     elif flat.dtype.kind == "f":
         with np.errstate(all="ignore"):
             flat = flat.astype(np.float32, copy=False)
-    return flat.reshape(header.shape, order="F")
+    return flat
 
 
 def _about_a_person(fields: Any, extensions: bytes) -> bool:

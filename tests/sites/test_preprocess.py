@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from common.brats import MODALITIES
 from sites.checks import Scan, examine
-from sites.preprocess import Prepared, Recipe, best_class, prepare, restore
+from sites.preprocess import VERSION, Prepared, Recipe, best_class, prepare, restore
 from sites.subject import Subject, discover
 
 SHAPE = (40, 36, 30)
@@ -97,6 +99,40 @@ def test_a_scanners_gain_makes_no_difference_whatever_number_type_holds_it(norma
     recipe = Recipe(normalise=normalise)
     a, b = prepare(scan, recipe), prepare(scan_of(louder, LABELS), recipe)
     np.testing.assert_allclose(a.image.astype(float), b.image.astype(float), atol=2e-3)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe("resample", (24, 26, 9))])
+@pytest.mark.parametrize("normalise", ["zscore", "minmax"])
+@pytest.mark.parametrize("dtype", ["i2", "u1", "f4", "i4"])
+def test_the_voxels_of_this_version_stay_the_same_to_the_byte(recipe, normalise, dtype):
+    """Caches are shared by all releases of one VERSION; this is how its voxels were first made.
+
+    `benchmarks/preprocessing.py` compares them with MONAI's.
+    """
+    assert VERSION == 1
+    shift = 2**28 if dtype == "i4" else 0  # float32 holds these not exactly
+    scan = noisy_scan()
+    for m, v in scan.images.items():
+        scan.images[m] = np.where(v, v.astype("i8") % 251 + 1 + shift, 0).astype(dtype, "F")
+    scan.images["flair"] = np.zeros_like(scan.images["flair"])
+    prepared = prepare(scan, replace(recipe, normalise=normalise))
+    for channel, modality in enumerate(MODALITIES):
+        volume = crop(scan.images[modality], prepared).astype(np.float32)
+        brain = volume != 0
+        if normalise == "minmax":
+            low, high = float(volume.min()), float(volume.max())
+            volume = (volume - low) / max(high - low, 1e-6)
+        elif brain.any():
+            values = volume[brain].astype(np.float64)
+            volume = (volume - float(values.mean())) / max(float(values.std()), 1e-6)
+            volume = np.where(brain, volume, 0).clip(-20, 20)
+        if recipe.mode == "resample":
+            volume = torch.from_numpy(np.ascontiguousarray(volume))[None, None]
+            volume = F.interpolate(
+                volume, size=(25, 25, 9), mode="area"
+            )  # z alone shrinks by so much
+            volume = F.interpolate(volume, size=recipe.shape, mode="trilinear")[0, 0].numpy()
+        assert prepared.image[channel].tobytes() == volume.astype(np.float16).tobytes()
 
 
 def test_one_absurdly_bright_voxel_stays_finite_in_half_precision():

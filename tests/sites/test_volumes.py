@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
+from sites import volumes
 from sites.volumes import VolumeError, read_volume
 
 SHAPE = (12, 13, 10)
@@ -174,6 +175,62 @@ def test_parts_of_a_split_gzip_are_one_file(scan):
     raw = gzip.decompress(scan.read_bytes())
     scan.write_bytes(gzip.compress(raw[:1000]) + gzip.compress(raw[1000:]))
     agrees_with_nibabel(scan)
+
+
+def test_parts_larger_than_any_buffer_are_one_file(tmp_path):
+    path = tmp_path / "x.nii.gz"
+    voxels = np.random.default_rng(0).integers(0, 30000, (64, 64, 60), np.int16)
+    raw = nibabel.Nifti1Image(voxels, AFFINE).to_bytes()
+    path.write_bytes(gzip.compress(raw[:300_000], 0) + gzip.compress(raw[300_000:], 0))
+    agrees_with_nibabel(path)
+
+
+@pytest.mark.parametrize("dtype", ["<i2", ">i2", "u1", "<f4", "<f8"])
+@pytest.mark.parametrize("offset", [352.0, 353.0])
+def test_a_sound_gzip_is_unpacked_at_once(tmp_path, monkeypatch, dtype, offset):
+    path = write(tmp_path / "x.nii.gz", dtype)
+    raw = gzip.decompress(path.read_bytes())
+    raw = raw[:352] + bytes(int(offset) - 352) + raw[352:]
+    path.write_bytes(gzip.compress(raw))
+    patch(path, 108, struct.pack("<f", offset))
+    agrees_with_nibabel(path)
+    monkeypatch.delattr(volumes, "_streamed")
+    agrees_with_nibabel(path)
+
+
+N_BYTES = struct.pack("<I", 352 + 2 * int(np.prod(SHAPE)))
+ODDITIES = {  # of a gzip file: bytes -> bytes, and what it is refused for
+    "its size within it": (lambda z: z[:3] + b"\4" + z[4:10] + b"\4\0" + N_BYTES + z[10:], None),
+    "zeros behind it": (lambda z: z + bytes(512), None),
+    "an empty part behind it": (lambda z: z + gzip.compress(b""), None),
+    "a little more behind it": (lambda z: z + gzip.compress(bytes(100)), None),
+    "the whole once more": (lambda z: z + z, "surplus-voxels"),
+    "garbage behind it": (lambda z: z + b"garbage", "damaged-gzip"),
+    "garbage that ends as it does": (lambda z: z + b"garbage" + z[-8:], "damaged-gzip"),
+    "a wrong checksum": (lambda z: z[:-8] + b"\1\2\3\4" + z[-4:], "damaged-gzip"),
+    "a wrong size": (lambda z: z[:-4] + struct.pack("<I", 3000), "damaged-gzip"),
+    "4 GB claimed": (lambda z: z[:-4] + b"\xff" * 4, "damaged-gzip"),
+    "no end": (lambda z: z[:-6], "truncated"),
+    "half of it": (lambda z: z[: len(z) // 2], "truncated"),
+}
+
+
+@pytest.mark.parametrize("oddity", ODDITIES)
+def test_odd_gzip_files_are_judged_as_streams_are_and_cost_no_memory(scan, monkeypatch, oddity):
+    change, code = ODDITIES[oddity]
+    scan.write_bytes(change(gzip.compress(gzip.decompress(scan.read_bytes()))))
+    for _ in ("unpacked at once where possible", "always a stream"):
+        if code is None:
+            agrees_with_nibabel(scan)
+        else:
+            tracemalloc.start()
+            with pytest.raises(VolumeError) as caught:
+                read_volume(scan)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert caught.value.code == code
+            assert peak < 1e6
+        monkeypatch.setattr(volumes, "_unpacked", lambda *_: None)
 
 
 @pytest.mark.parametrize(
