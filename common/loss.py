@@ -46,7 +46,7 @@ from common.brats import N_CLASSES
 
 SMOOTH = 1e-5
 BLOCK = 2**15
-"""Voxels of one block on a CPU, for each thread: some tensors of four floats for each fit its cache."""
+"""Voxels of one block on one CPU thread: some tensors of four floats for each fit its cache."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,9 @@ def _blocks(truth: torch.Tensor) -> Iterator[tuple[slice, slice]]:
     if truth.device.type != "cpu":
         yield slice(None), slice(None)
         return
-    length = BLOCK * torch.get_num_threads()
+    threads = torch.get_num_threads()
+    # several threads wait for each other after every step: fewer steps, lest a busy machine stall them
+    length = BLOCK if threads == 1 else 4 * BLOCK * threads
     for b in range(batch):
         for start in range(0, voxels, length):
             yield slice(b, b + 1), slice(start, start + length)

@@ -6,7 +6,7 @@ interpolated once, not once per change. The idea is MONAI's and nnU-Net's (batch
 SpatialTransform); not MONAI's own Rand3DElastic, because these changes together cost that several
 times as much (benchmarks/augmentation_speed.py). The random distributions are alike, not equal.
 
-All parameters are drawn on the CPU and go to a GPU in two or three small copies that nothing waits
+All parameters are drawn on the CPU and go to a GPU in small copies, two a subject, that nothing waits
 for; no value comes back.
 Nothing here is needed to evaluate or to predict.
 """
@@ -105,13 +105,15 @@ def _moved(
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One subject's image (C, D, H, W) and label (D, H, W) flipped, then resampled if need be."""
-    if axes := [axis - 3 for axis, flipped in enumerate(flips) if flipped]:
-        image, label = image.flip(axes), label.flip(axes)
+    axes = [axis - 3 for axis, flipped in enumerate(flips) if flipped]
     if affine is None and not elastic_voxels:
-        return image, label
-    grid = _affine_grid(label.shape, torch.eye(3) if affine is None else affine, image.device)
+        return (image.flip(axes), label.flip(axes)) if axes else (image, label)
+    # What is resampled anyway is flipped on the way: the sign of an axis leads to its other end.
+    signs = torch.tensor([-1.0 if flipped else 1.0 for flipped in reversed(flips)])[:, None]
+    matrix = signs * (torch.eye(3) if affine is None else affine)
+    grid = _affine_grid(label.shape, matrix, image.device)
     if elastic_voxels:
-        grid += _smooth_field(label.shape, seed, elastic_voxels, image.device)
+        grid += _smooth_field(label.shape, seed, elastic_voxels * signs, image.device)
     grid = grid.permute(1, 2, 3, 0)[None]
     # float32 throughout: half precision cannot tell neighbouring voxels of a long axis apart.
     image_out = functional.grid_sample(
@@ -157,13 +159,15 @@ def _affine(
     return about_z @ about_y @ about_x / (1 + scale * (2 * zoom - 1))
 
 
-def _smooth_field(size: torch.Size, seed: int, voxels: float, device: torch.device) -> torch.Tensor:
+def _smooth_field(
+    size: torch.Size, seed: int, voxels: torch.Tensor, device: torch.device
+) -> torch.Tensor:
     """(3, D, H, W) twice differentiable random displacements x, y, z of zero mean and a standard
-    deviation of so many voxels, in units of half an axis."""
+    deviation of so many voxels (3, 1), in units of half an axis."""
     # The few control points are drawn on the CPU: the same deformation on every device.
     generator = torch.Generator().manual_seed(seed)
     field = torch.randn([3, *(math.ceil(n / KNOT_SPACING) + 3 for n in size)], generator=generator)
-    field *= torch.tensor([2 * voxels / n for n in reversed(size)])[:, None, None, None]
+    field *= (2 * voxels / torch.tensor([*reversed(size)])[:, None])[..., None, None]
     field = field.to(device, non_blocking=True)
     for axis, n in enumerate(size, start=1):
         weights = _spline(n, device)
@@ -204,7 +208,6 @@ def _recoloured(
             added.mul_(deviation).add_(shifts[b])
         else:
             added = shifts[b].expand_as(image).contiguous()
-        # floats from floats: booleans are several times slower here on a CPU
-        added.mul_(torch.ne(image, 0, out=torch.empty_like(image)))
+        added.masked_fill_(image == 0, 0)
         torch.addcmul(added, image, factors[b], out=changed[b])
     return changed.to(like.dtype)

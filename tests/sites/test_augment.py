@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from sites.augment import augment
+from sites.augment import _affine, augment
 
 OFF = {
     "flip": False,
@@ -143,6 +143,22 @@ def test_the_resampled_image_and_label_are_scipys(options):
     assert (new_labels[0].numpy() == expected)[inside].mean() > 0.999
 
 
+def test_an_affine_with_our_matrix_by_monai_gives_our_voxels():
+    from monai.transforms import Affine
+
+    images, labels = volumes()
+    found = run(images, labels, 5, ROTATION | {"scale": 0.2})
+    draws = torch.rand((1, 18), generator=torch.Generator().manual_seed(5))[0]
+    matrix = torch.eye(4)
+    matrix[:3, :3] = _affine(draws[4:7], draws[7:8], 25.0, 0.2).flip((0, 1))  # x, y, z -> axes
+    for ours, source, mode in zip(
+        found, (images, labels[None]), ("bilinear", "nearest"), strict=True
+    ):
+        by_monai = Affine(affine=matrix, mode=mode, padding_mode="zeros", image_only=True)
+        expected = by_monai(source[0].float()).as_tensor().reshape(ours.shape)
+        torch.testing.assert_close(ours.float(), expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("size", [SIZE, (72, 72, 72)])
 def test_the_elastic_deformation_has_the_asked_size_and_never_folds(size):
     moved = []
@@ -169,6 +185,29 @@ def test_labels_move_with_the_image(options):
     assert not torch.equal(new_label, ball.to(torch.uint8))
     agreement = (new_image[:, 0].round() == new_label).float().mean()
     assert agreement > 0.97
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_flips_come_before_what_resamples(seed):
+    images, labels = volumes(batch=2)
+    flipped = run(images, labels, seed, OFF | {"flip": True})
+    assert not torch.equal(flipped[0], images)
+    moved = run(images, labels, seed, ALL | NO_INTENSITY)
+    expected = run(*flipped, seed, ALL | NO_INTENSITY | {"flip": False})
+    torch.testing.assert_close(moved[0], expected[0], rtol=0, atol=1e-3)
+    assert (moved[1] != expected[1]).float().mean() < 1e-4
+
+
+def test_on_another_device_it_never_waits_for_a_value():
+    """A tensor without values: to ask for one raises. No noise: such a device has no generator."""
+    images, labels = (volume.to("meta") for volume in volumes(batch=2))
+    new_images, new_labels = run(images.half(), labels, 4, ALL | {"noise": 0.0})
+    assert (new_images.device.type, new_images.dtype, new_images.shape) == (
+        "meta",
+        torch.float16,
+        images.shape,
+    )
+    assert (new_labels.device.type, new_labels.dtype) == ("meta", torch.uint8)
 
 
 def test_labels_stay_the_labels_there_were_and_outside_is_background():
