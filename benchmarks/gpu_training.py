@@ -31,8 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from interleaved import interleaved, options, report, spread, write_json
-from monai.losses import DiceLoss, FocalLoss
-from monai.networks.nets import BasicUNet, DynUNet
+from stock_monai import stock_loss, stock_network
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -67,26 +66,6 @@ def configured(name: str, channels: tuple[int, ...], side: int, *more: str) -> F
     )
 
 
-def stock(name: str, channels: tuple[int, ...]) -> torch.nn.Module:
-    common: dict[str, Any] = {"spatial_dims": 3, "in_channels": 4, "out_channels": 4}
-    if name == "unet":
-        return BasicUNet(
-            **common,
-            features=(*channels, channels[0]),
-            act=("RELU", {"inplace": True}),
-            norm=("instance", {"affine": True}),
-        )
-    strides = [1] + [2] * (len(channels) - 1)
-    return DynUNet(
-        **common,
-        kernel_size=[3] * len(channels),
-        strides=strides,
-        upsample_kernel_size=strides[1:],
-        filters=channels,
-        norm_name=("instance", {"affine": True}),
-    )
-
-
 def gemm_peak() -> float:
     """bf16 TFLOP/s of an 8192^3 matrix product of random numbers."""
     a, b = (torch.randn(8192, 8192, device=GPU, dtype=torch.bfloat16) for _ in range(2))
@@ -106,16 +85,13 @@ def stock_step(network: torch.nn.Module, images: torch.Tensor, labels: torch.Ten
     network.to(GPU).train()
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-4)
     scaler = torch.amp.GradScaler("cuda")
-    dice = DiceLoss(softmax=True, to_onehot_y=True)
-    focal = FocalLoss(gamma=2.0, weight=0.25, use_softmax=True, to_onehot_y=True)
-    truth = labels[:, None]
+    loss_of = stock_loss()
 
     def step() -> torch.Tensor:
         optimiser.zero_grad(set_to_none=True)
         with torch.autocast("cuda", dtype=torch.float16):
             logits = network(images)
-        # Dice sums over a head are beyond fp16
-        loss = dice(logits.float(), truth) + focal(logits.float(), truth)
+        loss = loss_of(logits, labels)
         scaler.scale(loss).backward()
         scaler.unscale_(optimiser)
         torch.nn.utils.clip_grad_norm_(network.parameters(), 12.0)
@@ -156,7 +132,7 @@ def steps(title: str, side: int, repeats: int, peak: float) -> dict[str, Any]:
     images = torch.randn(BATCH, 4, side, side, side, generator=generator).to(GPU)
     labels = torch.randint(0, 4, (BATCH, side, side, side), generator=generator).to(GPU)
     weights = network_for(config).state_dict()
-    peer = stock(name, channels)
+    peer = stock_network(name, channels)
     # the names are MONAI's own, but DynUNet has some of its layers under two
     peer.load_state_dict(weights, strict=name != "dynunet")
     ways, memory, first = {}, {}, {}

@@ -22,8 +22,8 @@ from common.precision import autocast, autocast_dtype
 
 LOG = logging.getLogger("fedbrats")
 COMPILE_FROM = 3000
-"""Steps that a site will take in all. A compiled step of 128^3 saves about 8 ms on a H200, and
-compiling takes 17 to 37 s (docs/speed.md)."""
+"""Steps that a site will take in all. A compiled step of 128^3 saves 8 to 11 ms on a H200, and
+compiling takes 19 to 36 s (docs/speed.md)."""
 
 Losses = tuple[torch.Tensor, torch.Tensor | None]
 Forward = Callable[[nn.Module, torch.Tensor, torch.Tensor], Losses]

@@ -52,7 +52,10 @@ def held(subject: CachedSubject, device: torch.device) -> Volume:
         if (volume := _held.get(subject.folder)) is not None:
             return volume
         if device not in _room:
-            _room[device] = int(SHARE * torch.cuda.mem_get_info(device)[0])
+            free, total = torch.cuda.mem_get_info(device)
+            # the site's own limit on this process (`client.device.limit_gpu_memory`)
+            allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+            _room[device] = int(SHARE * min(free, allowed))
         size = image.nbytes + labels.nbytes
         if size > _room[device]:
             return Volume(image, labels)  # read anew each time
@@ -66,9 +69,12 @@ def held(subject: CachedSubject, device: torch.device) -> Volume:
         return volume
 
 
-def release() -> None:
-    """Give the GPU's memory back for good: from now on volumes are read from disk."""
+def release() -> bool:
+    """Give the GPU's memory back for good: from now on volumes are read from disk. Whether there was
+    any to give back."""
     with _one_at_a_time:
+        some = bool(_held)
         _held.clear()
         for device in _room:
             _room[device] = 0
+        return some

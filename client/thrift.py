@@ -1,9 +1,10 @@
 """What a training step does when the GPU has too little memory for it: the same sums, in less memory.
 
-First subject by subject, gradients added up; then, besides, each block's activations are computed
-anew in the backward pass instead of kept (Chen et al. 2016, arXiv:1604.06174). Neither changes what
-is computed but for rounding. So: with batch norm, whose statistics are those of the batch, neither
-is done. What was needed is remembered until the process ends.
+First the prepared subjects are read from disk (`client.held_volumes`). Then each batch is taken
+subject by subject, gradients added up; then, besides, each block's activations are computed
+anew in the backward pass instead of kept (Chen et al. 2016, arXiv:1604.06174). None of it changes what
+is computed but for rounding. So: with batch norm, whose statistics are those of the batch, the last
+two are not done. What was needed is remembered until the process ends.
 """
 
 from __future__ import annotations
@@ -71,10 +72,16 @@ def within_memory(
             found = str(error).splitlines()[0]
         # only now is nothing of the failed step referred to any more
         network.zero_grad(set_to_none=True)
-        release()
+        released = release()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         network.load_state_dict(start)
+        if released:
+            LOG.warning(
+                f"{site}: the GPU's memory is too small for the prepared subjects besides the training "
+                f"({found}); the round begins again and reads them from disk."
+            )
+            continue
         if (thrift := more(thrift, network)) is not None:
             _needed[what] = thrift
             LOG.warning(

@@ -79,15 +79,24 @@ def test_volumes_held_as_tensors_give_the_same_batches_as_those_on_disk(
         assert found[0].dtype == torch.float32
 
 
-def test_only_what_fits_is_held_and_only_until_it_is_released(make_subject, monkeypatch):
+ONE = 4 * 512 * 2 + 512  # bytes of a subject of 8^3
+ROOM = int(2.5 * ONE / 0.4)
+
+
+@pytest.mark.parametrize(("free", "allowed"), [(ROOM, 10**9), (10**9, ROOM)])
+def test_only_what_fits_is_held_and_only_until_it_is_released(
+    make_subject, monkeypatch, free, allowed
+):
     """The meta device stands for the GPU: it takes any tensor and keeps no numbers."""
     shape = (8, 8, 8)
-    one = 4 * 512 * 2 + 512
     subjects = [
         make_subject(f"S{i}", np.ones((4, *shape)), np.ones(shape, np.uint8)) for i in "abc"
     ]
     gpu = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(2.5 * one / 0.4), 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**9))
+    monkeypatch.setattr(
+        torch.cuda, "get_per_process_memory_fraction", lambda device: allowed / 10**9
+    )
     monkeypatch.setattr(client.held_volumes, "_held", {})
     monkeypatch.setattr(client.held_volumes, "_room", {})
     to = torch.Tensor.to
@@ -95,5 +104,6 @@ def test_only_what_fits_is_held_and_only_until_it_is_released(make_subject, monk
     volumes = [held(subject, gpu) for subject in subjects]
     assert [isinstance(v.image, torch.Tensor) for v in volumes] == [True, True, False]
     assert held(subjects[0], gpu) is volumes[0]
-    release()
+    assert release()
+    assert not release()
     assert not any(isinstance(held(subject, gpu).image, torch.Tensor) for subject in subjects)

@@ -111,6 +111,17 @@ def test_the_round_begins_again_from_its_weights_and_what_was_needed_is_remember
     assert again.asked == [Thrift.RECOMPUTED]
 
 
+def test_before_any_thrift_the_prepared_subjects_leave_the_gpus_memory(monkeypatch, caplog):
+    network = torch.nn.Linear(2, 2)
+    held = iter([True, False])
+    monkeypatch.setattr(client.thrift, "release", lambda: next(held))
+    attempt = Small(network, Thrift.ONE_BY_ONE)
+    with caplog.at_level(logging.WARNING, "fedbrats"):
+        within_memory(attempt, network, what="config", site="site-04")
+    assert attempt.asked == [Thrift.NONE, Thrift.NONE, Thrift.ONE_BY_ONE]
+    assert "reads them from disk" in caplog.text
+
+
 def test_a_gpu_too_small_for_all_thrift_is_said_with_the_remedy():
     attempt = Small(network := torch.nn.Linear(2, 2), needs=9)
     with pytest.raises(GpuTooSmall, match=r"site-04.*training.patch"):
