@@ -18,6 +18,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from common.environment import prepare_environment
+
+prepare_environment()  # as every program does, and so that a test process loads as quickly
+
 if TYPE_CHECKING:
     from common.config import FederationConfig
     from sites.cache import CachedSubject, Preparation
