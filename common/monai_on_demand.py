@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 WALK = "load_submodules"  # what MONAI's own `__init__` calls to load everything
@@ -42,12 +42,15 @@ class _Finder(MetaPathFinder):
 
 class _PackageLoader(SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
-        tree = ast.parse(self.get_data(self.path), self.path)
+        self._tree = ast.parse(self.get_data(self.path), self.path)
         if module.__name__ == "monai":
-            tree.body = [statement for statement in tree.body if not _is_walk(statement)]
+            self._tree.body = [part for part in self._tree.body if not _is_walk(part)]
         else:
-            _hand_on(module, _take_out(tree))
-        exec(compile(tree, self.path, "exec"), module.__dict__)
+            _hand_on(module, _take_out(self._tree))
+        super().exec_module(module)
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self._tree, self.path)  # never from or to a file that others use
 
 
 def _is_walk(statement: ast.stmt) -> bool:
