@@ -43,6 +43,19 @@ TINY = (  # the smallest that the reference U-Net can be: five levels, so 32 vox
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # of its own accord xdist hands out files with few tests last; here these take the longest
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Shared among processes, files with slow tests come first: so all processes end together."""
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
+
+
 @dataclass(frozen=True)
 class FinishedRun:
     folder: Path
