@@ -33,7 +33,7 @@ prepare_environment()  # before torch, as in the product
 import numpy as np
 import torch
 
-from client import privacy
+from client import patient_optimizer, privacy
 from client.accounting import Steps
 from client.privacy import train_privately
 from client.training import train
@@ -113,7 +113,8 @@ def measured(
     place = {"site": "bench", "round_": 1, "device": torch.device("cpu")}
     subjects = [scan for scans in patients.values() for scan in scans]
     noise = Steps(noise_multiplier=1.0, sampling_rate=1.0, steps=1)
-    parts: dict[str, list[float]] = {"add_system_gaussian": [], "patient_gradient": []}
+    where = {"add_system_gaussian": patient_optimizer, "patient_gradient": privacy}
+    parts: dict[str, list[float]] = {name: [] for name in where}
     times: dict[str, list[Seconds]] = {"plain": [], "private": []}
 
     def plain() -> None:
@@ -126,8 +127,8 @@ def measured(
 
     with ExitStack() as stack:
         for name, spent in parts.items():
-            watched = adding_up(getattr(privacy, name), spent)
-            stack.enter_context(patch.object(privacy, name, watched))
+            watched = adding_up(getattr(where[name], name), spent)
+            stack.enter_context(patch.object(where[name], name, watched))
         for _ in range(1 + repeats):
             times["plain"].append(timed(plain))
             times["private"].append(timed(private))

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 import numpy as np
-from opacus.accountants import PRVAccountant, RDPAccountant
-from scipy.optimize import brentq
 
 EPSILON_ERROR = 0.001  # of PRV's numerical composition; its upper bound includes it
 LARGEST_FINE = 100.0  # epsilon above which PRV takes minutes: RDP's looser upper bound then
@@ -58,6 +56,9 @@ def epsilon(history: Iterable[Steps], delta: float, error: float = EPSILON_ERROR
 def _epsilon(together: tuple[tuple[float, float, int], ...], delta: float, error: float) -> float:
     if not together:
         return 0.0
+    # imported where it is used, as every hospital imports this module and few account: it takes a second
+    from opacus.accountants import PRVAccountant
+
     loose = _rdp(together, delta)
     if not loose <= LARGEST_FINE:
         return loose
@@ -109,6 +110,8 @@ def noise_multiplier(
         enough, too_little = too_little, too_little / STRIDE
     if too_little <= LEAST_NOISE:
         return max(enough, LEAST_NOISE)
+    from scipy.optimize import brentq
+
     excess = lambda sigma: estimated(sigma) - budget  # noqa: E731
     root = enough
     if excess(enough) < 0:
@@ -128,6 +131,8 @@ def _together(history: Iterable[Steps]) -> list[tuple[float, float, int]]:
 
 def _rdp(together: Sequence[tuple[float, float, int]], delta: float) -> float:
     """An upper bound by Renyi divergences (Mironov 2017): looser than PRV, and quick."""
+    from opacus.accountants import RDPAccountant
+
     accountant = RDPAccountant()
     accountant.history = list(together)
     with warnings.catch_warnings():

@@ -35,8 +35,8 @@ from client.training import TrainingDiverged, train
 from common.config import FederationConfig
 from common.files import write_text_atomically
 from common.masking import BadRound
+from common.message_words import BUDGET_SPENT
 from common.messages import (
-    BUDGET_SPENT,
     BadMessage,
     EvaluateTask,
     SiteCard,

@@ -13,8 +13,8 @@ import math
 import re
 from typing import Any
 
+from common.message_words import FP16_CHANGE, FP32
 from common.secure_messages import VECTOR
-from common.wire import FP16_CHANGE, FP32
 
 LENGTH = 8  # bytes, before the header
 ALIGNED = 8  # to so many bytes safetensors fills up its header, with spaces

@@ -34,7 +34,7 @@ from client.ledger import (
 )
 from client.site import Site
 from common.code_hash import code_hash
-from common.messages import EXACT
+from common.message_words import EXACT
 from common.statement import Statement
 from sites.cache import CachedSubject
 

@@ -46,7 +46,7 @@ from common.code_hash import code_hash
 from common.console import plain
 from common.invitation import Invitation
 from common.keys import BadKey, load_private_key
-from common.messages import POLICY_REFUSED
+from common.message_words import POLICY_REFUSED
 from common.notices import is_farewell, unpack_farewell, unpack_roll_call
 from common.progress import Progress
 from common.records import BadMessage

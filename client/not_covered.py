@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.console import many
-from common.messages import EXACT, NOISED, WITHHELD
+from common.message_words import EXACT, NOISED, WITHHELD
 
 
 def not_covered(

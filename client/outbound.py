@@ -27,7 +27,7 @@ from client.policy import Policy
 from common.audit_log import AuditLog, Follower, LogError, append, last_entry
 from common.console import many, plain
 from common.keys import BadKey
-from common.messages import BUDGET_SPENT, POLICY_REFUSED, WITHHELD
+from common.message_words import BUDGET_SPENT, POLICY_REFUSED, WITHHELD
 from common.secure_messages import AGREE, MASKED, SESSION, SHARES, UNMASK, VECTOR
 from common.statement import Signed, attach, attached
 

@@ -23,7 +23,7 @@ from client.refusals import Refusal, trains
 from common.audit_heads import RECORD as AUDIT
 from common.brats import STRUCTURES
 from common.console import plain
-from common.messages import BLOCK, EXACT, MOST_SUBJECTS, NOISED, STYPE, WITHHELD
+from common.message_words import BLOCK, EXACT, MOST_SUBJECTS, NOISED, STYPE, WITHHELD
 from common.metrics import REGIONS
 from common.statement import RECORD, BadStatement, Statement, read_statement
 from common.terms import FINGERPRINT

@@ -3,11 +3,10 @@
 Each step draws every patient with the accounted probability (nobody drawn is a step too), takes
 one patient's gradient after the other (the mean over all of the person's scans and crops), clips it
 to the norm C, adds them up, and adds noise of standard deviation sigma C once (Abadi et al. 2016,
-arXiv:1607.00133). Clipping, summing, noise and the optimiser are fp32 and Opacus' (its optimizer in
-`no_op` mode, fed one patient at a time, which works for every network and holds one patient's
-activations); the forward pass may be bf16. Sampling and noise come from the operating system
-(`client.system_noise`), so two runs differ; crops and augmentation are seeded, for each patient
-independently of the others.
+arXiv:1607.00133). Clipping, summing, noise and the optimiser are fp32
+(`client.patient_optimizer`); the forward pass may be bf16. Sampling and noise come from the
+operating system (`client.system_noise`), so two runs differ; crops and augmentation are seeded, for
+each patient independently of the others.
 
 What leaves is the weights. Loss and time depend on who was drawn; they stay at the site. How much
 noise, and whether a round may happen, is `client.budget`'s affair.
@@ -22,13 +21,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
-from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from client.accounting import Steps
 from client.forward import forward_of
 from client.samples import augmented, sample
-from client.system_noise import add_system_gaussian, system_sample
+from client.system_noise import system_sample
 from client.training import Outcome
 from common.brats import N_CLASSES
 from common.config import FederationConfig
@@ -37,71 +35,12 @@ from common.progress import remark, track
 from common.seeds import derive_seed
 from sites.cache import CachedSubject
 
-ROUNDING = 1e-6
-"""By how much less than C gradients are clipped: more than scaling them in fp32 can add."""
-
 Gradient = list[torch.Tensor]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class NotProtectable(ValueError):
     """This network or loss would leak past the noise; the text says how and what to change."""
-
-
-class PatientOptimizer(DPOptimizer):
-    """Opacus' optimizer with noise from the operating system in place of a seeded generator's."""
-
-    def __init__(
-        self, optimiser: torch.optim.Optimizer, *, sigma: float, clip: float, expected_batch: float
-    ) -> None:
-        super().__init__(
-            optimiser,
-            noise_multiplier=sigma,
-            max_grad_norm=clip,
-            expected_batch_size=expected_batch,
-        )
-        self._deviation, self._limit = sigma * clip, clip * (1 - ROUNDING)
-
-    def add_noise(self) -> None:
-        for p in self.params:
-            p.grad, p.summed_grad = p.summed_grad.as_strided(p.shape, p.stride()), None
-            add_system_gaussian(p.grad, self._deviation)
-
-    def take(self, gradient: Gradient) -> None:
-        """Clip one patient's gradient and add it to the sum; one that is not finite counts as zero.
-
-        By its norm in float64: Opacus' own, in fp32, is wrong by up to 1 % for large tensors.
-        """
-        parts = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradient]
-        norm = float(torch.linalg.vector_norm(torch.stack(parts)))
-        if not math.isfinite(norm):  # to stop would tell about this patient
-            return
-        if norm > self._limit:
-            gradient = [g * (self._limit / norm) for g in gradient]
-        self._hand_over([_flat(g, p) for g, p in zip(gradient, self.params, strict=True)])
-        self.signal_skip_step(True)
-        self.step()
-        self.zero_grad(set_to_none=True)
-
-    def finish(self) -> None:
-        """Add the noise, divide by the expected number of patients, and step; with whoever was taken."""
-        # nobody more: Opacus then steps with the sum so far, also if it is empty
-        self._hand_over([torch.zeros(0, p.numel(), device=p.device) for p in self.params])
-        self.signal_skip_step(False)
-        self.step()
-        self.zero_grad(set_to_none=True)
-
-    def _hand_over(self, gradients: Gradient) -> None:
-        for p, g in zip(self.params, gradients, strict=True):
-            p.grad_sample = g
-
-
-def _flat(gradient: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(1, values) in the order in which `like` lies in memory: Opacus then copies nothing, which for
-    channels_last it does twice."""
-    if gradient.stride() != like.stride():
-        gradient = torch.empty_like(like).copy_(gradient)
-    return gradient.as_strided((1, like.numel()), (like.numel(), 1))
 
 
 def train_privately(
@@ -175,6 +114,9 @@ def take_steps(
     what: str,
 ) -> None:
     """`noise.steps` noisy steps; `gradient_of(i)` is patient i's gradient at the present weights."""
+    # imported here for Opacus takes a second to load, and every hospital imports this module
+    from client.patient_optimizer import PatientOptimizer
+
     trained = [p for p in parameters if p.requires_grad]
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimiser]
     optimizer = PatientOptimizer(

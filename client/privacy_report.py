@@ -43,7 +43,7 @@ from common.console import many
 from common.files import lock_holder
 from common.invitation import BadInvitation, read_invitation
 from common.keys import BadKey, read_public_key
-from common.messages import EXACT, NOISED, WITHHELD
+from common.message_words import EXACT, NOISED, WITHHELD
 from common.progress import track
 from common.statement import BadStatement, Statement, read_statement
 from common.terms import BadTerms, Terms

@@ -33,16 +33,8 @@ from client.privacy import require_protectable, train_privately
 from client.site import Site
 from client.system_noise import add_system_gaussian
 from common.files import write_text_atomically
-from common.messages import (
-    EXACT,
-    NOISED,
-    WITHHELD,
-    EvaluateTask,
-    SiteReport,
-    SiteUpdate,
-    TrainTask,
-    task_hash,
-)
+from common.message_words import EXACT, NOISED, WITHHELD
+from common.messages import EvaluateTask, SiteReport, SiteUpdate, TrainTask, task_hash
 from common.metrics import REGIONS, SiteMetrics, SubjectMetrics, summarise
 from common.statement import Signed
 from common.weights import BadWeights, load_weights, save_weights, weights_of

@@ -13,19 +13,12 @@ from dataclasses import dataclass
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from common.message_words import BLOCK, EXACT, MOST_SUBJECTS, NOISED, NONCE, STYPE, WITHHELD
 from common.metrics import SiteMetrics
 from common.records import BadMessage, record_of, value_of
 from common.statement import Signed, attach, attached
 from common.weights import BadWeights, Weights
 from common.wire import decode, encode, encode_change
-
-BLOCK = "weights"  # the one array of a message that carries weights
-STYPE = "safetensors"
-NONCE = "nonce"  # that a server process puts into every record it sends; it says nothing
-MOST_SUBJECTS = 10**7
-BUDGET_SPENT = 1001  # code of an error reply, beyond Flower's own: no failure, the site rests
-POLICY_REFUSED = 1002  # the same where a rule of the site's own policy refuses: others go on
-EXACT, NOISED, WITHHELD = "exact", "noised", "withheld"  # how metrics are released
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from common.masking import Advert
-from common.messages import BLOCK, STYPE
+from common.message_words import BLOCK, STYPE
 from common.records import BadMessage, record_of, value_of
 from common.statement import Signed, attach, attached
 

@@ -17,9 +17,9 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from common.message_words import FP16_CHANGE, FP32
 from common.weights import BadWeights, Weights
 
-FP32, FP16_CHANGE = "fp32", "fp16-change"
 LARGEST_HEADER = 2**24  # bytes; a network of ten thousand tensors needs less than 2 MiB
 EXACT_SCALE = 120  # fp32 holds 2 to this power and its inverse
 TARGET = 15  # the largest magnitude becomes less than 2^15; fp16 ends at 65504

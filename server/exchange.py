@@ -11,7 +11,8 @@ from flwr.serverapp import Grid
 
 from common.config import FederationConfig
 from common.console import plain
-from common.messages import BUDGET_SPENT, POLICY_REFUSED, BadMessage
+from common.message_words import BUDGET_SPENT, POLICY_REFUSED
+from common.messages import BadMessage
 
 POLL_SECONDS = 0.02
 

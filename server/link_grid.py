@@ -33,7 +33,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from common.console import plain
-from common.messages import NONCE
+from common.message_words import NONCE
 from server.audit_trail import Witness
 from server.gate import MOST_PIECES
 from server.link_state import LinkState

@@ -16,7 +16,7 @@ from rich.console import Group
 from rich.markup import escape
 
 from common.console import plain
-from common.messages import NOISED
+from common.message_words import NOISED
 from common.statement import BadStatement, Statement, is_signed_by, read_statement
 from server.history import TRAINING, GivenStatement, History
 from server.tables import site_table, spans, verdict

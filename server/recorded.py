@@ -14,7 +14,8 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from common.messages import EXACT, NOISED, WITHHELD, SiteCard
+from common.message_words import EXACT, NOISED, WITHHELD
+from common.messages import SiteCard
 from common.metrics import SiteMetrics
 from server.history import History, RoundRecord
 from server.privacy_report import aggregation_in_words, privacy_document

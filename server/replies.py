@@ -10,7 +10,8 @@ import math
 import re
 
 from common.console import plain
-from common.messages import EXACT, NOISED, WITHHELD, SiteCard, SiteReport, SiteUpdate, TrainTask
+from common.message_words import EXACT, NOISED, WITHHELD
+from common.messages import SiteCard, SiteReport, SiteUpdate, TrainTask
 from common.metrics import REGIONS, SiteMetrics, mean_dice
 from common.secure_messages import Trained
 from common.statement import BadStatement, Signed, read_statement

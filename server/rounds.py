@@ -19,9 +19,8 @@ from flwr.app import MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from common.config import FederationConfig
+from common.message_words import EXACT, WITHHELD
 from common.messages import (
-    EXACT,
-    WITHHELD,
     EvaluateTask,
     SiteReport,
     TrainTask,

@@ -6,27 +6,30 @@ one and there is no further state to keep.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-
-import torch
 
 from common.config import Rounds
 
+LEAST_STEP = 1e-8  # a rate that would be lowered by less stays, as torch has it
+
 
 def learning_rate(start: float, losses: Sequence[float], rounds: Rounds) -> float:
-    """The rate of the next round, by replaying torch's ReduceLROnPlateau over the losses so far."""
+    """The rate of the next round, as by torch's ReduceLROnPlateau over the losses so far.
+
+    With its threshold at 0, as in `should_stop`: any lower loss is better. Not by torch itself, whose
+    scheduler needs an optimizer, for which torch loads its compiler: a second for six lines.
+    """
     if rounds.plateau_patience is None:
         return start
-    optimiser = torch.optim.SGD([torch.zeros(1)], lr=start)
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimiser,
-        factor=rounds.plateau_factor,
-        patience=rounds.plateau_patience,
-        threshold=0.0,  # as in `should_stop`: any lower loss is better
-    )
+    rate, best, waited = start, math.inf, 0
     for loss in losses:
-        plateau.step(loss)
-    return float(optimiser.param_groups[0]["lr"])
+        best, waited = (loss, 0) if loss < best else (best, waited + 1)
+        if waited > rounds.plateau_patience:
+            lower, waited = rate * rounds.plateau_factor, 0
+            if rate - lower > LEAST_STEP:
+                rate = lower
+    return rate
 
 
 def should_stop(losses: Sequence[float], rounds: Rounds) -> bool:

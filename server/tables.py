@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from common.messages import NOISED, WITHHELD
+from common.message_words import NOISED, WITHHELD
 from common.metrics import REGIONS, SiteMetrics, mean_dice
 from server.history import History, RoundRecord
 

@@ -17,7 +17,7 @@ from client.site_config import PrivacyBudget
 from common.config import FederationConfig
 from common.config_file import dump_config
 from common.keys import fingerprint, load_private_key, new_private_key, save_private_key
-from common.messages import EXACT
+from common.message_words import EXACT
 from sites.checks import same_patient_twice
 from sites.finding import Finding
 from sites.institutions import Split, roles, split_subjects

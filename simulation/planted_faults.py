@@ -10,20 +10,22 @@ from unittest.mock import patch
 
 import torch
 
+import client.patient_optimizer
 import client.privacy
-from client.privacy import Gradient, PatientOptimizer
+from client.patient_optimizer import PatientOptimizer
+from client.privacy import Gradient
 
 Fault = tuple[object, str, Callable[..., Any]]  # whose attribute, its name, what to put there
 
 
 def _no_noise(seed: int) -> list[Fault]:
-    return [(client.privacy, "add_system_gaussian", lambda values, deviation: None)]
+    return [(client.patient_optimizer, "add_system_gaussian", lambda values, deviation: None)]
 
 
 def _half_noise(seed: int) -> list[Fault]:
-    real = client.privacy.add_system_gaussian
+    real = client.patient_optimizer.add_system_gaussian
     half = lambda values, deviation: real(values, deviation / 2)  # noqa: E731
-    return [(client.privacy, "add_system_gaussian", half)]
+    return [(client.patient_optimizer, "add_system_gaussian", half)]
 
 
 def _seeded_noise(seed: int) -> list[Fault]:
@@ -38,7 +40,7 @@ def _seeded_noise(seed: int) -> list[Fault]:
 
     return [
         (client.privacy, "take_steps", take_steps),
-        (client.privacy, "add_system_gaussian", add),
+        (client.patient_optimizer, "add_system_gaussian", add),
     ]
 
 

@@ -18,6 +18,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from common.environment import prepare_environment
+
+prepare_environment()  # as every program does, and so that a test process loads as quickly
+
 if TYPE_CHECKING:
     from common.config import FederationConfig
     from sites.cache import CachedSubject, Preparation
@@ -37,6 +41,19 @@ TINY = (  # the smallest that the reference U-Net can be: five levels, so 32 vox
     "rounds.number=3",
     "held_out_fraction=0.3",
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # of its own accord xdist hands out files with few tests last; here these take the longest
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Shared among processes, files with slow tests come first: so all processes end together."""
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from client.site import Site, load_site, write_site
 from client.site_config import PrivacyBudget
 from common.config import FederationConfig
 from common.config_file import dump_config
-from common.messages import WITHHELD, SiteUpdate, pack_site_update
+from common.message_words import WITHHELD
+from common.messages import SiteUpdate, pack_site_update
 from common.model import initial_weights
 from common.statement import Signed
 from sites.cache import CachedSubject

@@ -11,9 +11,9 @@ import safetensors.torch
 import torch
 
 from client.blocks import UnknownBlock, rebuilt
-from common.messages import BLOCK
+from common.message_words import BLOCK, FP16_CHANGE, FP32
 from common.secure_messages import Masked, pack_masked
-from common.wire import FP16_CHANGE, FP32, decode, encode, encode_change
+from common.wire import decode, encode, encode_change
 
 MARK = "patient-0042"
 TENSOR = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

@@ -13,6 +13,8 @@ import logging
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -52,14 +54,8 @@ from client.site_config import load_site_config
 from client.worker_process import Event
 from common.audit_heads import Heads, attach_heads, attached_heads
 from common.audit_log import EMPTY, Head, append, told, verified
-from common.messages import (
-    POLICY_REFUSED,
-    STYPE,
-    SiteReport,
-    SiteUpdate,
-    pack_site_report,
-    pack_site_update,
-)
+from common.message_words import POLICY_REFUSED, STYPE
+from common.messages import SiteReport, SiteUpdate, pack_site_report, pack_site_update
 from common.metrics import SiteMetrics
 from common.notices import Farewell, pack_farewell, pack_roll_call
 from common.terms import Terms
@@ -1150,6 +1146,7 @@ MAY = {
     "client/worker_process.py": {"multiprocessing", "subprocess"},
     # they answer this machine's browser, and ask nobody
     "client/viewer.py": {"fastapi", "starlette"},
+    "common/monai_on_demand.py": {"importlib"},  # modules that MONAI's own packages name
     "common/few_connections.py": {"asyncio", "socket"},
     "common/local_page.py": {"socket", "starlette", "urllib", "webbrowser"},
     "common/served.py": {"socket", "ssl", "uvicorn"},
@@ -1314,3 +1311,11 @@ def test_a_connection_sends_contents_in_one_place_only():
         for keyword in call.keywords
     }
     assert given == {"public_key", "heartbeat_interval", "node_id", "node", "run_id", "object_id"}
+
+
+def test_the_process_with_the_connection_does_without_torch():
+    """It runs for weeks; only its worker needs torch's seconds and 200 MB."""
+    program = "import client.join, client.display, sys; print('torch' in sys.modules)"
+    command = (sys.executable, "-c", program)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "False\n"

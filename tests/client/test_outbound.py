@@ -36,10 +36,8 @@ from client.permitted import Own
 from client.policy import FAMILIES, Policy
 from common.audit_log import AuditLog, append, told
 from common.keys import new_private_key, save_private_key
+from common.message_words import BUDGET_SPENT, POLICY_REFUSED, WITHHELD
 from common.messages import (
-    BUDGET_SPENT,
-    POLICY_REFUSED,
-    WITHHELD,
     SiteCard,
     SiteReport,
     SiteUpdate,

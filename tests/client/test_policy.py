@@ -26,11 +26,8 @@ from client.accounting import accountant_name
 from client.permitted import NotPermitted, Own, permitted
 from client.policy import FAMILIES, Policy, may_train_at
 from common.brats import STRUCTURES
+from common.message_words import EXACT, NOISED, STYPE, WITHHELD
 from common.messages import (
-    EXACT,
-    NOISED,
-    STYPE,
-    WITHHELD,
     SiteCard,
     SiteReport,
     SiteUpdate,

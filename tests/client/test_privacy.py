@@ -17,9 +17,9 @@ from monai.networks import one_hot
 
 from client import privacy
 from client.accounting import Steps
+from client.patient_optimizer import PatientOptimizer
 from client.privacy import (
     NotProtectable,
-    PatientOptimizer,
     patient_gradient,
     require_protectable,
     require_separable,

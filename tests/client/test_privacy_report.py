@@ -26,15 +26,8 @@ from client.guarantee import right_at_most
 from client.ledger import LedgerError, create_ledger, open_ledger
 from client.privacy_report import privacy_document
 from client.site import Site
-from common.messages import (
-    EXACT,
-    NOISED,
-    WITHHELD,
-    SiteCard,
-    SiteReport,
-    pack_site_card,
-    pack_site_report,
-)
+from common.message_words import EXACT, NOISED, WITHHELD
+from common.messages import SiteCard, SiteReport, pack_site_card, pack_site_report
 from common.metrics import REGIONS, SiteMetrics
 from tests.client.conftest import FEDERATION
 from tests.client.paid_site import (

@@ -24,8 +24,8 @@ from client.private_answers import noised_dice
 from client.site import load_site, write_site
 from client.site_config import PrivacyBudget
 from common.config_file import dump_config
+from common.message_words import BUDGET_SPENT
 from common.messages import (
-    BUDGET_SPENT,
     EvaluateTask,
     TrainTask,
     pack_evaluate_task,

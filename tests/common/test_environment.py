@@ -6,14 +6,15 @@ import os
 import subprocess
 import sys
 
-from common.environment import PATIENT, SILENT
+from common.environment import COLLECT_AFTER, PATIENT, SILENT
 
 PROGRAM = """
-import common.environment, os
+import atexit, common.environment, gc, os
+atexit.register(lambda: print(gc.get_freeze_count() > 0))  # what is registered first runs last
 common.environment.prepare_environment()
 import flwr.supercore.telemetry as telemetry
 print(telemetry.FLWR_TELEMETRY_ENABLED, os.environ["RAY_USAGE_STATS_ENABLED"],
-      os.environ["GOMP_SPINCOUNT"])
+      os.environ["GOMP_SPINCOUNT"], gc.get_threshold()[0])
 """
 
 
@@ -27,6 +28,10 @@ def run(**extra: str) -> list[str]:
 def test_telemetry_is_off_even_where_the_environment_says_on():
     asked_for = dict.fromkeys(SILENT, "1")
     assert run(**asked_for)[:2] == ["0", "0"]
+
+
+def test_nothing_lasting_is_searched_for_garbage_while_it_loads_or_once_it_is_over():
+    assert run()[3:] == [str(COLLECT_AFTER), "True"]
 
 
 def test_a_users_own_spin_count_wins():

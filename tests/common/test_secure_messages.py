@@ -8,7 +8,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from safetensors.numpy import save
 
 from common.masking import Advert
-from common.messages import BLOCK, STYPE, BadMessage
+from common.message_words import BLOCK, STYPE
+from common.messages import BadMessage
 from common.secure_messages import (
     Adverts,
     Agreed,

@@ -14,7 +14,8 @@ from flwr.app import Message, RecordDict
 from flwr.app.error import Error
 from flwr.supercore.task_identity import TaskIdentity
 
-from common.messages import POLICY_REFUSED, SiteCard, pack_site_card
+from common.message_words import POLICY_REFUSED
+from common.messages import SiteCard, pack_site_card
 from common.notices import unpack_roll_call
 from common.terms import Terms
 from server.attendance import Attendance, Waiting, note_terms

@@ -18,15 +18,8 @@ from flwr.app.error import Error
 from rich.console import Console
 
 from common.config_file import ConfigError
-from common.messages import (
-    BUDGET_SPENT,
-    NOISED,
-    POLICY_REFUSED,
-    WITHHELD,
-    SiteReport,
-    SiteUpdate,
-    pack_site_update,
-)
+from common.message_words import BUDGET_SPENT, NOISED, POLICY_REFUSED, WITHHELD
+from common.messages import SiteReport, SiteUpdate, pack_site_update
 from common.metrics import SiteMetrics, mean_dice
 from common.model import initial_weights
 from common.statement import Signed, Statement

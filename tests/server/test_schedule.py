@@ -17,7 +17,7 @@ def noisy_losses(seed: int, count: int = 60) -> list[float]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(("patience", "factor"), [(1, 0.5), (3, 0.1), (10, 0.7)])
+@pytest.mark.parametrize(("patience", "factor"), [(1, 0.5), (1, 0.1), (3, 0.1), (10, 0.7)])
 def test_rates_are_those_of_torch_stepped_live(seed, patience, factor):
     rounds = Rounds(number=60, plateau_patience=patience, plateau_factor=factor)
     losses = noisy_losses(seed)

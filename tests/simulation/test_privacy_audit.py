@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import client.patient_optimizer
 import client.privacy
 from client.ledger import TRAINING, open_ledger
 from simulation.cli import Plant, app
@@ -105,14 +106,14 @@ def test_half_of_the_noise_is_measured_and_priced(audited):
 
 
 def test_a_tensor_without_noise_is_found(tmp_path, monkeypatch):
-    real = client.privacy.add_system_gaussian
+    real = client.patient_optimizer.add_system_gaussian
 
     def spare(values, deviation):
         if values.shape != (4, 4, 3, 3, 3):  # one of 53 tensors, 432 of 73,985 values
             real(values, deviation)
 
     monkeypatch.setitem(
-        PLANTS, "spared", lambda seed: [(client.privacy, "add_system_gaussian", spare)]
+        PLANTS, "spared", lambda seed: [(client.patient_optimizer, "add_system_gaussian", spare)]
     )
     result = audit(tmp_path / "audit", plant="spared", **{**SMALL, "canaries": 16})
     assert result.quiet == ("model.2.1.conv.unit0.conv.weight",)
@@ -121,11 +122,15 @@ def test_a_tensor_without_noise_is_found(tmp_path, monkeypatch):
 
 
 def test_a_fault_ends_with_the_audit():
-    before = dict(vars(client.privacy)), client.privacy.PatientOptimizer.take
+    def code() -> tuple[dict, dict, object]:
+        optimizer = client.patient_optimizer
+        return dict(vars(client.privacy)), dict(vars(optimizer)), optimizer.PatientOptimizer.take
+
+    before = code()
     for plant in PLANTS:
         with planted(plant, 1):
-            assert (dict(vars(client.privacy)), client.privacy.PatientOptimizer.take) != before
-        assert (dict(vars(client.privacy)), client.privacy.PatientOptimizer.take) == before
+            assert code() != before
+        assert code() == before
 
 
 def test_canaries_that_do_not_fit_are_refused(tmp_path):
