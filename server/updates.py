@@ -19,8 +19,8 @@ from common.messages import (
     unpack_site_update,
     weight_bytes,
 )
-from common.weights import Weights, relative_change
-from server.average import WeightedSum, add, mean
+from common.weights import Weights, norm, relative_change
+from server.average import WeightedMean, add, mean
 from server.exchange import BudgetSpent, addressed, answers
 from server.history import TRAINING, Contribution, GivenStatement
 from server.replies import refuse_change, refuse_update
@@ -78,7 +78,7 @@ def sites_needed(
 def gather_updates(
     grid: Grid, config: FederationConfig, roll: Roll, task: TrainTask, folder: Path
 ) -> Gathered:
-    """No update stays in memory, each is a whole model: it is added to a sum, or put into `folder`
+    """No update stays in memory, each is a whole model: it moves a mean, or is put into `folder`
     for as long as the round lasts if the updates must be compared.
 
     Raises:
@@ -97,15 +97,15 @@ def gather_updates(
             _gather(grid, config, roll, task, gathered, keep)
             _compare(kept, config.rounds, task, gathered)
         return gathered
-    running: WeightedSum | None = None
+    running: WeightedMean | None = None
 
     def add_up(update: SiteUpdate, change: float) -> None:
         nonlocal running
-        running = add(running, update.weights, update.n_training)
+        running = add(running, update.weights, update.n_training, task.weights)
 
     _gather(grid, config, roll, task, gathered, add_up)
     if running is not None:
-        gathered.weights = mean(running, like=task.weights)
+        gathered.weights = mean(running, task.weights)
     return gathered
 
 
@@ -118,12 +118,13 @@ def _gather(
     use: Callable[[SiteUpdate, float], None],
 ) -> None:
     """Have the sites train; `use` takes each good update and how large its change is."""
+    length = norm(task.weights)
 
     def take(site: str, content: RecordDict) -> Contribution | str:
         update = unpack_site_update(content, since=task.weights)
         if reason := refuse_update(update, roll.cards[site], task):
             return reason
-        change = relative_change(update.weights, task.weights)
+        change = relative_change(update.weights, task.weights, length)
         if reason := refuse_change(change, config.rounds.max_change):
             return reason
         use(update, change)

@@ -160,9 +160,9 @@ def test_fedavg_from_the_disk_is_fedavg_to_the_last_bit(tmp_path):
     subjects = [129, 35, 34, 1, 7, 382, 511]
     running = None
     for update, n in zip(updates, subjects, strict=True):
-        running = add(running, update, n)
+        running = add(running, update, n, MODEL)
     assert running is not None
-    direct = mean(running, like=MODEL)
+    direct = mean(running, MODEL)
     result, chosen = aggregate(kept(tmp_path, updates, subjects), MODEL, Rounds())
     assert chosen is None
     for name, tensor in direct.items():
