@@ -10,12 +10,25 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from common.files import write_atomically
 
 Weights = dict[str, torch.Tensor]
 BLOCK = 32_768  # values at a time: in the cache, and the most for which torch starts no threads
+
+DTYPES = {  # safetensors' names, in the order in which it stores tensors
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class BadWeights(ValueError):
@@ -65,6 +78,34 @@ def load_weights(path: Path) -> tuple[Weights, dict[str, object]]:
     if not isinstance(about, dict):
         raise BadWeights(f"{path}: what it says about itself is not a JSON object.")
     return weights, about
+
+
+def safetensors_parts(
+    tensors: Mapping[str, torch.Tensor], about: Mapping[str, str]
+) -> list[bytes | memoryview]:
+    """The bytes of `safetensors.torch.save`, in pieces: the values are the tensors' own memory.
+
+    That function copies them three times, which takes five times as long as all the rest.
+    """
+    rank = list(DTYPES)
+    if any(tensor.dtype not in DTYPES for tensor in tensors.values()):
+        rare = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        return [save(rare, dict(about) or None)]
+    header: dict[str, object] = {"__metadata__": about} if about else {}
+    parts: list[bytes | memoryview] = []
+    end = 0
+    for name in sorted(tensors, key=lambda name: (rank.index(tensors[name].dtype), name)):
+        values = tensors[name].detach().contiguous().reshape(-1)
+        start, end = end, end + values.nbytes
+        header[name] = {
+            "dtype": DTYPES[values.dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+        parts.append(values.view(torch.uint8).numpy().data)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little"), text, *parts]
 
 
 def check_update(update: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor]) -> None:

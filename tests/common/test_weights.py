@@ -9,10 +9,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from common.weights import (
     BLOCK,
+    DTYPES,
     BadWeights,
     byte_count,
     check_update,
@@ -20,6 +21,7 @@ from common.weights import (
     load_weights,
     norm,
     relative_change,
+    safetensors_parts,
     save_weights,
     weights_of,
 )
@@ -80,6 +82,22 @@ def test_round_trip_of_unusual_layouts(tmp_path):
     save_weights(tmp_path / "w", weights, {})
     loaded, _ = load_weights(tmp_path / "w")
     assert same(dict(sorted(loaded.items())), dict(sorted(weights.items())))
+
+
+@pytest.mark.parametrize("about", [{}, {"encoding": "fp32"}])
+def test_parts_are_the_bytes_that_safetensors_itself_writes(about):
+    weights = {
+        "long": torch.randn(1000),
+        "channels_last": torch.randn(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d),
+        "transposed": torch.randn(3, 5).T,
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(-7),
+        "ümlaut": torch.ones(1, requires_grad=True),
+        **({} if about else {"complex": torch.ones(2, dtype=torch.complex64)}),
+        **{str(dtype): torch.ones(3).to(dtype) for dtype in DTYPES},
+    }
+    plain = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+    assert b"".join(safetensors_parts(weights, about)) == save(plain, about or None)
 
 
 def test_the_same_weights_give_the_same_bytes(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from fractions import Fraction
@@ -207,8 +208,9 @@ print(json.dumps(peaks))
 
 
 def test_memory_is_one_model_and_one_update_whatever_the_number_of_sites():
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}  # as in test_robust.py
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, env=environment
     )
     start, with_2, with_23 = json.loads(done.stdout)
     model = 8  # MiB
