@@ -25,6 +25,10 @@ class InstantFederation:
     rounds: int
     training_seconds: float = 0.0
     ends: list[float] = field(default_factory=list)
+    costs: list[dict[str, float]] = field(default_factory=list)  # of each round, so far
+    _site_cpu: float = 0.0
+    _bytes: dict[str, int] = field(default_factory=lambda: {"down": 0, "up": 0, "spool": 0})
+    _has: dict[int, int] = field(default_factory=dict)
 
     def run(self) -> list[float]:
         """The moments (of the monotonic clock) at which each round was recorded."""
@@ -33,12 +37,15 @@ class InstantFederation:
         from server.app import app as server_app
         from simulation.grid import run_in_process
 
+        self._count()
         record_round = rounds.History.record_round
 
         def marking(history: Any, record: Any, *args: Any) -> None:
             assert sum(c.trained for c in record.contributions) == len(self.sites), record
             record_round(history, record, *args)
             self.ends.append(time.monotonic())
+            mine = time.process_time() - self._site_cpu
+            self.costs.append({"server_cpu": mine, "site_cpu": self._site_cpu, **self._bytes})
 
         rounds.History.record_round = marking  # type: ignore[method-assign]
         self._train_instantly()
@@ -52,6 +59,35 @@ class InstantFederation:
         from server.checkpoint import RunFolder
 
         return RunFolder(self.folder / "run").checkpoint(self.rounds)
+
+    def _count(self) -> None:
+        """CPU seconds of the sites, weights that travel, and the updates kept on disk at a time.
+
+        A model that a site was sent last is not counted again: hospitals do not fetch it again.
+        """
+        import server.updates as updates
+        from simulation.grid import InProcessGrid
+
+        deliver, compare = InProcessGrid._deliver, updates._compare
+
+        def counting(grid: Any, message: Any) -> Any:
+            node = message.metadata.dst_node_id
+            for block in blocks(message.content):
+                if self._has.get(node) != hash(block):
+                    self._bytes["down"] += len(block)
+                    self._has[node] = hash(block)
+            begin = time.process_time()
+            reply = deliver(grid, message)
+            self._site_cpu += time.process_time() - begin
+            self._bytes["up"] += sum(len(block) for block in blocks(reply.content))
+            return reply
+
+        def weighing(kept: Any, *args: Any) -> Any:
+            self._bytes["spool"] += sum(k.path.stat().st_size for k in kept)
+            return compare(kept, *args)
+
+        InProcessGrid._deliver = counting  # type: ignore[method-assign]
+        updates._compare = weighing
 
     def _train_instantly(self) -> None:
         import torch
@@ -74,6 +110,10 @@ class InstantFederation:
             return [SubjectMetrics(subject.id, scores, 0.9, 0.5) for subject in subjects]
 
         hospital.train, hospital.evaluate = train, evaluate  # type: ignore[assignment]
+
+
+def blocks(content: Any) -> list[bytes]:
+    return [array.data for record in content.array_records.values() for array in record.values()]
 
 
 def instant_federation(
