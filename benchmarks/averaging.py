@@ -155,6 +155,7 @@ def way_of(name: str, model: Weights, subjects: Sequence[int]) -> Callable[[], A
             for block, n in zip(blocks, subjects, strict=True):
                 weights = block if name == DECODED else decode(block, model)
                 running = add(running, weights, n, model)
+                del weights  # before the next is decoded, as in the server
             assert running is not None
             return mean(running, model)
 

@@ -1,7 +1,7 @@
-"""A federation round in one machine beyond training: ours, Flower's Ray engine, NVFlare.
+"""A federation round in one machine beyond training: ours and Flower's Ray engine.
 
     python benchmarks/engine_overhead.py [--sites 4,10,23] [--repeats 5] [--rounds 3] [--json FILE]
-        [--nvflare PYTHON] [--quick]
+        [--quick]
 
 All do the same work: the same initial network of 20 MB in fp32; in every round each site trains, the
 updates are averaged, and each site evaluates the new model. "Training" adds a constant of the site to
@@ -12,9 +12,6 @@ compared: initial + rounds * mean of the constants.
   checks, outliers, synced checkpoints, history and the sites' records are in its time.
 - Flower: `run_simulation` (Ray) with stock FedAvg and a core for each actor, so all cores work. It keeps
   nothing on disk.
-- NVFlare, if `--nvflare` names a Python that has it: its simulator, FedAvg and client API, a thread for
-  each core (`nvflare_round.py`). Its evaluation is the part of a round that its own examples have:
-  a site evaluates the model that it receives.
 
 Blocks of the systems alternate; a block is a process of its own with one more round than is counted:
 the first is left out. A round's time is from the end of the round before. Memory is read in one more
@@ -42,7 +39,7 @@ HERE = Path(__file__).resolve().parent
 REACH = 5.0
 STEP = 1e-3  # times the site's number
 LONGEST_BLOCK = 900.0  # seconds
-OURS, FLOWER, NVFLARE = "fedbrats, in process", "Flower, Ray", "NVFlare simulator"
+OURS, FLOWER = "fedbrats, in process", "Flower, Ray"
 
 
 class Tree:
@@ -232,9 +229,6 @@ def compare(sites: int, chosen: argparse.Namespace, initial: Path) -> dict[str, 
     own = [sys.executable, str(HERE / "engine_overhead.py"), "--initial", str(initial)]
     asked = ["--sites", str(sites), "--rounds", str(rounds), "--inside"]
     commands = {OURS: [*own, *asked, OURS], FLOWER: [*own, *asked, FLOWER]}
-    if chosen.nvflare:
-        script = [chosen.nvflare, str(HERE / "nvflare_round.py"), str(initial)]
-        commands[NVFLARE] = [*script, str(sites), str(rounds), str(STEP)]
     seconds: dict[str, list[float]] = {way: [] for way in commands}
     every: dict[str, list[float]] = {way: [] for way in commands}
     rows: dict[str, Any] = {}
@@ -281,7 +275,6 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--sites", help="default: 4,10,23, or 4 with --quick")
     parser.add_argument("--rounds", type=int, default=3, help="counted in each block")
-    parser.add_argument("--nvflare", metavar="PYTHON", help="a Python that has nvflare and numpy")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     parser.add_argument("--initial", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
