@@ -115,9 +115,10 @@ def plain(base: Weights, parts: Parts, gone: int) -> tuple[Weights, int]:
         content = pack_site_update(SiteUpdate(f"site-{number}", 1, n, weights), since=base)
         if number >= gone:
             sent = size_of(content)
-            running = add(running, unpack_site_update(content, since=base).weights, n)
+            weights = unpack_site_update(content, since=base).weights
+            running = add(running, weights, n, base)
     assert running is not None
-    return mean(running, like=base), sent
+    return mean(running, base), sent
 
 
 def ours(base: Weights, parts: Parts, gone: int, folder: Path) -> tuple[Weights, int]:

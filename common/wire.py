@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 
 from common.message_words import FP16_CHANGE, FP32
-from common.weights import BadWeights, Weights
+from common.weights import BadWeights, Weights, safetensors_parts
 
 LARGEST_HEADER = 2**24  # bytes; a network of ten thousand tensors needs less than 2 MiB
 EXACT_SCALE = 120  # fp32 holds 2 to this power and its inverse
@@ -42,12 +42,12 @@ def encode_change(weights: Mapping[str, torch.Tensor], base: Mapping[str, torch.
         if not tensor.is_floating_point():
             tensors[name] = tensor
             continue
-        change = tensor.float() - base[name].float()
-        largest = float(change.abs().max()) if change.numel() else 0.0
+        change = torch.sub(tensor.float(), base[name].float())
+        largest = _largest(change)
         if not math.isfinite(largest):
             raise BadWeights(f"tensor {name} holds values that are not finite.")
         scales[name] = TARGET - math.frexp(largest)[1] if largest > 0 else 0
-        tensors[name] = _scaled(change, scales[name]).half()
+        tensors[name] = _scaled_(change, scales[name]).half()
     return _encoded(tensors, {"encoding": FP16_CHANGE, "scales": json.dumps(scales)})
 
 
@@ -87,18 +87,26 @@ def _fits(change: torch.Tensor, base: torch.Tensor) -> bool:
 
 
 def _restored(change: torch.Tensor, base: torch.Tensor, scale: int) -> torch.Tensor:
-    return (base.float() + _scaled(change.float(), -scale)).to(base.dtype)
+    return _scaled_(change.float(), -scale).add_(base).to(base.dtype)
 
 
-def _scaled(values: torch.Tensor, scale: int) -> torch.Tensor:
-    """fp32 `values` times 2^scale; exact where fp32 can hold the result."""
+def _largest(values: torch.Tensor) -> float:
+    """The largest magnitude; NaN or infinite if any is. Of nothing 0."""
+    if not values.numel():
+        return 0.0
+    lowest, highest = (float(extreme) for extreme in torch.aminmax(values))
+    return max(-lowest, highest)
+
+
+def _scaled_(values: torch.Tensor, scale: int) -> torch.Tensor:
+    """fp32 `values` times 2^scale, in their place if that can be; exact where fp32 can hold the result."""
     if abs(scale) <= EXACT_SCALE:
-        return values * 2.0**scale
+        return values.mul_(2.0**scale)
     return torch.ldexp(values.double(), torch.tensor(scale)).float()
 
 
 def _encoded(tensors: Mapping[str, torch.Tensor], about: dict[str, str]) -> bytes:
-    return safetensors.torch.save({n: t.contiguous() for n, t in tensors.items()}, about)
+    return b"".join(safetensors_parts(tensors, about))
 
 
 def _about(data: bytes) -> dict[str, Any]:

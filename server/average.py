@@ -2,9 +2,16 @@
 
     w = sum_k n_k w_k / sum_k n_k        (McMahan et al. 2017, arXiv:1602.05629, Algorithm 1)
 
-Updates are added one at a time and can be forgotten at once, so memory is the running sum plus one
-update, whatever the number of sites. The sum is kept in float64: its error stays far below fp32's
-own rounding, and the order of the sites matters only to the last bit (the caller fixes the order).
+Updates are added one at a time and can be forgotten at once, so memory is one model whatever the
+number of sites. What is kept is the mean of the changes d_k = w_k - w_0 since the round's model, in
+the weights' own precision (fp16 and bf16: fp32), and each update moves it by n_k / n of the way: no
+sum grows, nothing overflows, and equal updates stay as they are. With e = 2^-24 the result is within
+
+    e |w| + (K + 8) e max_k |d_k|
+
+of the exact mean: its own rounding, and K + 8 roundings of what the round has changed, which is far
+smaller than the weights. In the last term only the order of the sites matters (the caller fixes it).
+Integers (BatchNorm's counters) are summed exactly in float64.
 
 `moving` averages the rounds' models over time, which evens out the noise of private updates. It sees
 nothing but those models, so it costs no privacy.
@@ -12,25 +19,29 @@ nothing but those models, so it costs no privacy.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from common.weights import Weights
-
-BLOCK = 16_384  # values converted to float64 at a time: in the cache, and too few for torch to start threads
+from common.weights import BLOCK, Weights
 
 
 @dataclass
-class WeightedSum:
-    """Running state: float64 sums by tensor name, and the total weight so far."""
+class WeightedMean:
+    """Running state by tensor name: mean changes of floats, sums of integers; the weight so far."""
 
-    sums: Weights
+    changes: Weights
     total: float
 
 
-def add(running: WeightedSum | None, weights: Weights, weight: float) -> WeightedSum:
-    """Add one site's weights; returns the running state (changed in place).
+def add(
+    running: WeightedMean | None, weights: Weights, weight: float, since: Weights
+) -> WeightedMean:
+    """Take in one site's weights; returns the running state (changed in place).
+
+    Args:
+        since: the model that all sites began from.
 
     Raises:
         ValueError: the weight is not positive.
@@ -38,29 +49,44 @@ def add(running: WeightedSum | None, weights: Weights, weight: float) -> Weighte
     if not weight > 0:
         raise ValueError(f"a site's weight must be positive, found {weight}.")
     if running is None:
-        zeros = {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in weights.items()}
-        running = WeightedSum(zeros, 0.0)
-    block = torch.empty(BLOCK, dtype=torch.float64)
-    for name, tensor in weights.items():
-        into, values = running.sums[name].view(-1).split(BLOCK), tensor.reshape(-1).split(BLOCK)
-        for total, part in zip(into, values, strict=True):
-            total.add_(block[: len(part)].copy_(part), alpha=weight)
+        zeros = {n: torch.zeros(t.shape, dtype=_precision(t.dtype)) for n, t in weights.items()}
+        running = WeightedMean(zeros, 0.0)
     running.total += weight
+    part = weight / running.total
+    for name, tensor in weights.items():
+        into = running.changes[name]
+        if not tensor.is_floating_point():
+            into.add_(tensor.double(), alpha=weight)
+            continue
+        block = torch.empty(min(BLOCK, tensor.numel()), dtype=into.dtype)
+        for mean_change, new, old in _blocks(into, tensor, since[name]):
+            mean_change.lerp_(torch.sub(new.to(into.dtype), old, out=block[: len(new)]), part)
     return running
 
 
-def mean(running: WeightedSum, like: Weights) -> Weights:
-    """The weighted mean, each tensor with the type it has in `like`.
+def mean(running: WeightedMean, since: Weights) -> Weights:
+    """The weighted mean, each tensor with the type it has in `since`, the model of `add`.
 
-    Integer buffers (BatchNorm's counters) are rounded, not turned into floats. The running state is
-    used up: each sum is released as soon as its mean is there.
+    Integers are rounded, not turned into floats. The running state is used up: it becomes the result.
     """
     result: Weights = {}
-    for name in list(running.sums):
-        average = running.sums.pop(name).div_(running.total)
-        dtype = like[name].dtype
-        result[name] = (average if dtype.is_floating_point else average.round_()).to(dtype)
+    for name in list(running.changes):
+        change, model = running.changes.pop(name), since[name]
+        if model.is_floating_point():
+            result[name] = change.add_(model).to(model.dtype)
+        else:
+            result[name] = change.div_(running.total).round_().to(model.dtype)
     return result
+
+
+def _precision(dtype: torch.dtype) -> torch.dtype:
+    """In which changes are kept, or integers summed."""
+    small = dtype.is_floating_point and dtype.itemsize <= 4
+    return torch.float32 if small else torch.float64
+
+
+def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    return zip(*(tensor.reshape(-1).split(BLOCK) for tensor in tensors), strict=True)
 
 
 def moving(average: Weights, newest: Weights, decay: float) -> Weights:

@@ -27,7 +27,7 @@ from flwr.serverapp.strategy import FedAvg, FedMedian, FedTrimmedAvg, Krum
 from common.config import Rounds
 from common.console import many
 from common.weights import Weights
-from server.average import WeightedSum, add, mean
+from server.average import WeightedMean, add, mean
 from server.spool import Kept, read
 
 TOGETHER = 2**20  # values of all sites in memory at a time, 8 MiB in float64
@@ -99,14 +99,15 @@ def aggregate(kept: Sequence[Kept], model: Weights, rounds: Rounds) -> tuple[Wei
 
 
 def _fedavg(kept: Sequence[Kept], model: Weights) -> Weights:
-    """The same sums in the same order as without a spool, so the same result to the last bit."""
+    """The same means in the same order as without a spool, so the same result to the last bit."""
     result: Weights = {}
     for name, tensor in model.items():
-        running: WeightedSum | None = None
+        running: WeightedMean | None = None
+        since = {name: tensor.reshape(-1)}
         for k in kept:
-            running = add(running, {name: read(k, name, 0, tensor.numel())}, k.n_training)
+            running = add(running, {name: read(k, name, 0, tensor.numel())}, k.n_training, since)
         if running is not None:
-            result[name] = mean(running, like=model)[name].view(tensor.shape)
+            result[name] = mean(running, since)[name].view(tensor.shape)
     return result
 
 

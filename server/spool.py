@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
-from common.weights import Weights
+from common.weights import Weights, safetensors_parts
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,10 @@ def write(path: Path, weights: Weights) -> None:
     OSError: the disk is full or not writable.
     """
     try:
-        save_file({name: tensor.reshape(-1).contiguous() for name, tensor in weights.items()}, path)
-    except SafetensorError as error:
+        flat = {name: tensor.reshape(-1) for name, tensor in weights.items()}
+        with path.open("wb") as file:
+            file.writelines(safetensors_parts(flat, {}))
+    except OSError as error:
         raise OSError(
             f"{path}: cannot be written ({error}). Free disk space there: while a round lasts its "
             "updates are kept, one model for each site."

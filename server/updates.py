@@ -19,8 +19,8 @@ from common.messages import (
     unpack_site_update,
     weight_bytes,
 )
-from common.weights import Weights, relative_change
-from server.average import WeightedSum, add, mean
+from common.weights import Weights, norm, relative_change
+from server.average import WeightedMean, add, mean
 from server.exchange import BudgetSpent, addressed, answers
 from server.history import TRAINING, Contribution, GivenStatement
 from server.replies import refuse_change, refuse_update
@@ -78,13 +78,21 @@ def sites_needed(
 def gather_updates(
     grid: Grid, config: FederationConfig, roll: Roll, task: TrainTask, folder: Path
 ) -> Gathered:
-    """No update stays in memory, each is a whole model: it is added to a sum, or put into `folder`
-    for as long as the round lasts if the updates must be compared.
+    """No update stays in memory, each is a whole model: it moves a mean, and is put into `folder`
+    for as long as the round lasts if the updates must be compared. If the comparison refuses none,
+    that mean is the result.
 
     Raises:
         OSError: the disk has no room for the updates of a round.
     """
     gathered = Gathered()
+    running: WeightedMean | None = None
+
+    def average(update: SiteUpdate, change: float) -> None:
+        nonlocal running
+        if config.rounds.aggregation == "fedavg":
+            running = add(running, update.weights, update.n_training, task.weights)
+
     if compares_updates(config.rounds):
         with spool(folder) as place:
             kept: list[Kept] = []
@@ -92,20 +100,15 @@ def gather_updates(
             def keep(update: SiteUpdate, change: float) -> None:
                 path = place / f"{len(kept):04d}.safetensors"
                 write(path, update.weights)
+                average(update, change)
                 kept.append(Kept(update.site, update.n_training, change, path))
 
             _gather(grid, config, roll, task, gathered, keep)
-            _compare(kept, config.rounds, task, gathered)
+            _compare(kept, config.rounds, task, gathered, running)
         return gathered
-    running: WeightedSum | None = None
-
-    def add_up(update: SiteUpdate, change: float) -> None:
-        nonlocal running
-        running = add(running, update.weights, update.n_training)
-
-    _gather(grid, config, roll, task, gathered, add_up)
+    _gather(grid, config, roll, task, gathered, average)
     if running is not None:
-        gathered.weights = mean(running, like=task.weights)
+        gathered.weights = mean(running, task.weights)
     return gathered
 
 
@@ -118,12 +121,13 @@ def _gather(
     use: Callable[[SiteUpdate, float], None],
 ) -> None:
     """Have the sites train; `use` takes each good update and how large its change is."""
+    length = norm(task.weights)
 
     def take(site: str, content: RecordDict) -> Contribution | str:
         update = unpack_site_update(content, since=task.weights)
         if reason := refuse_update(update, roll.cards[site], task):
             return reason
-        change = relative_change(update.weights, task.weights)
+        change = relative_change(update.weights, task.weights, length)
         if reason := refuse_change(change, config.rounds.max_change):
             return reason
         use(update, change)
@@ -150,8 +154,18 @@ def _gather(
         gathered.contributions.append(answer)
 
 
-def _compare(kept: list[Kept], rounds: Rounds, task: TrainTask, gathered: Gathered) -> None:
-    """Refuse the outliers among the updates, and make one model of the others."""
+def _compare(
+    kept: list[Kept],
+    rounds: Rounds,
+    task: TrainTask,
+    gathered: Gathered,
+    of_all: WeightedMean | None,
+) -> None:
+    """Refuse the outliers among the updates, and make one model of the others.
+
+    Args:
+        of_all: the mean of all of them, where a mean is what the aggregation makes.
+    """
     refused = outliers(kept, rounds.outlier_factor) if rounds.outlier_factor else {}
     for site, reason in refused.items():
         LOG.warning(f"round {task.round}: {site} did not contribute: {reason}")
@@ -164,6 +178,10 @@ def _compare(kept: list[Kept], rounds: Rounds, task: TrainTask, gathered: Gather
     good = [k for k in kept if k.site not in refused]
     if len(good) < fewest_updates(rounds):
         return
+    if of_all is not None and not refused:
+        gathered.weights = mean(of_all, task.weights)
+        return
+    of_all = None  # a model's memory
     gathered.weights, gathered.chosen = aggregate(good, task.weights, rounds)
     if gathered.chosen is not None:
         LOG.info(

@@ -9,15 +9,19 @@ import re
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from common.weights import (
+    BLOCK,
+    DTYPES,
     BadWeights,
     byte_count,
     check_update,
     file_sha256,
     load_weights,
+    norm,
     relative_change,
+    safetensors_parts,
     save_weights,
     weights_of,
 )
@@ -78,6 +82,22 @@ def test_round_trip_of_unusual_layouts(tmp_path):
     save_weights(tmp_path / "w", weights, {})
     loaded, _ = load_weights(tmp_path / "w")
     assert same(dict(sorted(loaded.items())), dict(sorted(weights.items())))
+
+
+@pytest.mark.parametrize("about", [{}, {"encoding": "fp32"}])
+def test_parts_are_the_bytes_that_safetensors_itself_writes(about):
+    weights = {
+        "long": torch.randn(1000),
+        "channels_last": torch.randn(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d),
+        "transposed": torch.randn(3, 5).T,
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(-7),
+        "ümlaut": torch.ones(1, requires_grad=True),
+        **({} if about else {"complex": torch.ones(2, dtype=torch.complex64)}),
+        **{str(dtype): torch.ones(3).to(dtype) for dtype in DTYPES},
+    }
+    plain = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+    assert b"".join(safetensors_parts(weights, about)) == save(plain, about or None)
 
 
 def test_the_same_weights_give_the_same_bytes(tmp_path):
@@ -153,6 +173,19 @@ def test_an_update_that_does_not_fit_is_refused(update, said):
         check_update(update, MODEL)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(dtype, value):
+    for size in (1, 5, 67, 1000):  # with and without what a vector register does not hold
+        values = torch.linspace(-1, 1, size).to(dtype)
+        check_update({"a": values}, {"a": values})
+        for place in {0, 3, 64, size - 1} & set(range(size)):
+            bad = values.clone()
+            bad[place] = value
+            with pytest.raises(BadWeights, match="not finite"):
+                check_update({"a": bad}, {"a": values})
+
+
 def test_an_update_that_fits_is_accepted_in_any_order():
     largest = torch.finfo(torch.float32).max
     update = dict(reversed(changed(norm__bias=torch.full((3,), largest)).items()))
@@ -165,7 +198,7 @@ def test_byte_count_is_what_the_tensors_hold():
 
 def test_relative_change_is_the_norm_of_the_change_over_that_of_the_model():
     generator = torch.Generator().manual_seed(5)
-    shapes = {"a": (3, 4), "b": (5,), "c": (), "none": (0, 2)}
+    shapes = {"a": (3, 4), "b": (5,), "c": (), "long": (BLOCK + 7,), "none": (0, 2)}
     model = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     update = {name: t + torch.randn(t.shape, generator=generator) for name, t in model.items()}
     counters = {"n": torch.tensor(1)}, {"n": torch.tensor(10**9)}
@@ -173,6 +206,9 @@ def test_relative_change_is_the_norm_of_the_change_over_that_of_the_model():
     before, after = (values.astype(np.float64) for values in flat)
     expected = np.linalg.norm(after - before) / np.linalg.norm(before)
     assert relative_change(update | counters[1], model | counters[0]) == pytest.approx(expected)
+    assert relative_change(update, model, norm(model)) == relative_change(update, model)
+    transposed = {"t": torch.randn((7, 5), generator=generator).T}
+    assert norm(transposed) == pytest.approx(float(np.linalg.norm(transposed["t"].double())))
     assert relative_change(model, model) == 0
     assert relative_change({n: 3 * t for n, t in model.items()}, model) == pytest.approx(2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -160,9 +161,9 @@ def test_fedavg_from_the_disk_is_fedavg_to_the_last_bit(tmp_path):
     subjects = [129, 35, 34, 1, 7, 382, 511]
     running = None
     for update, n in zip(updates, subjects, strict=True):
-        running = add(running, update, n)
+        running = add(running, update, n, MODEL)
     assert running is not None
-    direct = mean(running, like=MODEL)
+    direct = mean(running, MODEL)
     result, chosen = aggregate(kept(tmp_path, updates, subjects), MODEL, Rounds())
     assert chosen is None
     for name, tensor in direct.items():
@@ -302,9 +303,11 @@ print(json.dumps(peaks))
 
 @pytest.mark.parametrize("aggregation", ["fedavg", *ROBUST])
 def test_memory_does_not_grow_with_the_number_of_sites(tmp_path, aggregation):
-    """15 updates of 23 MiB are 343 MiB on disk; in memory the growth from 5 to 15 is below one."""
+    """15 updates of 23 MiB are 343 MiB on disk; in memory the growth from 5 to 15 is a quarter of one."""
     command = (sys.executable, "-c", MEMORY, aggregation, str(tmp_path))
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # fixed, or glibc keeps freed tensors in a heap: growth was 0 to 46 MiB, of fragments
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     _, with_5, _, with_15 = json.loads(done.stdout)
-    assert with_15 - with_5 < 23
+    assert with_15 - with_5 < 6

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
+import os
 import stat
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors import SafetensorError
 
 from common.messages import SiteCard, SiteUpdate
 from common.model import initial_weights
@@ -309,21 +310,21 @@ def test_a_full_disk_stops_the_run_in_words_and_the_next_start_goes_on(five, mon
     whole = five("rounds.number=2", folder="whole")
     whole.run()
     f = five("rounds.number=2")
-    real, written = spool.save_file, []
+    real, written = spool.safetensors_parts, []
 
-    def full(tensors: Any, path: Any) -> None:
-        written.append(path)
+    def full(tensors: Any, about: Any) -> Any:
+        written.append(tensors)
         if len(written) > 7:
-            raise SafetensorError("I/O error: No space left on device (os error 28)")
-        real(tensors, path)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(tensors, about)
 
-    monkeypatch.setattr(spool, "save_file", full)
+    monkeypatch.setattr(spool, "safetensors_parts", full)
     with pytest.raises(
         OSError, match=r"updates/0002\.safetensors: cannot be written .*No space left"
     ):
         f.run()
     assert [r.round for r in f.rounds()] == [1]
     assert not f.folder.updates.exists(), "the space is given back"
-    monkeypatch.setattr(spool, "save_file", real)
+    monkeypatch.setattr(spool, "safetensors_parts", real)
     f.run()
     assert [r.sha256 for r in f.rounds()] == [r.sha256 for r in whole.rounds()]
