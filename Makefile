@@ -18,8 +18,9 @@ test: $(VENV)/.installed-dev chromium
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 bench: $(VENV)/.installed
+	for name in preprocessing training_step augmentation_speed loss_speed metrics_speed averaging epoch dp_cost; \
+		do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
 	$(BIN)/python benchmarks/round_overhead.py
-	$(BIN)/python benchmarks/dp_cost.py --quick
 
 install: $(VENV)/.installed
 

@@ -219,7 +219,7 @@ def draw(measured: dict[str, Any], path: Path) -> None:
                 axes[0, column].plot(x, fitted, color=style["color"], linewidth=0.8)
             style = line_style(0)._asdict() | {"linestyle": "none"}
             axes[1, column].plot(x, [p["peak_mib"] for p in points], **style)
-            axes[1, column].set_ylim(bottom=0)
+            axes[1, column].set_ylim(0, 1.1 * max(row["peak_mib"] for row in points))
             axes[0, column].legend()
             axes[1, column].set_xlabel(label)
         axes[0, 0].set_ylabel("seconds")
