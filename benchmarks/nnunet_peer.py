@@ -56,6 +56,10 @@ def made(folder: Path, side: int, batch: int, channels: list[int]) -> Any:
     trainer = nnUNetTrainer(plans, "3d_fullres", 0, dataset, torch.device("cpu"))
     trainer.initialize()
     trainer.network.train()
+    trainer.computed_in = []
+    trainer.network.register_forward_hook(
+        lambda module, given, outputs: trainer.computed_in.append(str(outputs[0].dtype))
+    )
     return trainer
 
 
@@ -149,7 +153,7 @@ def about(trainer: Any, data: dict[str, Any], file: str) -> dict[str, Any]:
     }
 
 
-def step(trainer: Any, data: dict[str, Any], dtype: str) -> dict[str, float]:
+def step(trainer: Any, data: dict[str, Any], dtype: str) -> dict[str, Any]:
     from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as module
 
     if not hasattr(module, "shipped_context"):
@@ -158,13 +162,10 @@ def step(trainer: Any, data: dict[str, Any], dtype: str) -> dict[str, float]:
         "fp32": module.shipped_context,
         "bf16": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     }[dtype]
-    wall, cpu = time.perf_counter(), time.process_time()
+    cpu = time.process_time()
     loss = trainer.train_step(data)["loss"]
-    return {
-        "wall": time.perf_counter() - wall,
-        "cpu": time.process_time() - cpu,
-        "loss": float(loss),
-    }
+    cpu = time.process_time() - cpu
+    return {"cpu": cpu, "loss": float(loss), "dtype": trainer.computed_in[-1]}
 
 
 def augment(trainer: Any, data: dict[str, Any], count: str) -> dict[str, float]:

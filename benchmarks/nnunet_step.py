@@ -83,6 +83,7 @@ class Peer:
     def step(self, dtype: str) -> None:
         answer = self.ask(f"step {dtype}")
         assert math.isfinite(answer["loss"]), answer
+        assert answer["dtype"] == {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[dtype], answer
         self.seconds[dtype].append(answer["cpu"])
 
     def timed(self, dtype: str, measured: Timings) -> Timings:
