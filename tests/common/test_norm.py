@@ -73,5 +73,34 @@ def test_a_subjects_numbers_do_not_depend_on_the_rest_of_the_batch():
 
 def test_one_voxel_has_no_variance():
     ours, _ = PAIRS["instance"]
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
+    with pytest.raises(ValueError, match="one voxel has no variance"):
         ours(torch.ones(1, CHANNELS, 1, 1, 1))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_many_voxels_far_from_zero_keep_fp32s_digits(threads):
+    """torch's channels-last kernel is wrong by 3 here: it adds up two million numbers in a row."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        norm = InstanceNorm(2, affine=True)
+        generator = torch.Generator().manual_seed(0)
+        batch = 100 + torch.randn(1, 2, 96, 96, 96, generator=generator)
+        batch[:, 1, :40] = 0  # a background
+        batch = batch.contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+        upstream = torch.randn(batch.shape, generator=generator) + 1
+        output = norm(batch)
+        output.backward(upstream.contiguous(memory_format=torch.channels_last_3d))
+    finally:
+        torch.set_num_threads(before)
+    x, dy = (t.detach().double().flatten(2) for t in (batch, upstream))
+    variance, mean = torch.var_mean(x, dim=2, keepdim=True, correction=0)
+    scale = torch.rsqrt(variance + norm.eps)
+    normal = (x - mean) * scale
+    count = x.shape[2]  # the sums over all voxels: as errors of a mean
+    expected = normal, (dy * normal).sum((0, 2)) / count, dy.sum((0, 2)) / count
+    found = output.detach().flatten(2), norm.weight.grad / count, norm.bias.grad / count
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-5)
+    of_x = (dy - dy.mean(2, True) - normal * (dy * normal).mean(2, True)) * scale
+    torch.testing.assert_close(batch.grad.flatten(2).double(), of_x, rtol=2e-5, atol=2e-5)
