@@ -245,7 +245,7 @@ def rounds(side: int, repeats: int, subjects: int) -> list[dict[str, Any]]:
             ways = {"held in GPU memory": waited(one_round)}
             held = interleaved(ways, repeats=repeats, warm_ups=0)
             on_gpu = {"held in GPU memory": computing(one_round)}
-            client.held_volumes.release()
+            client.held_volumes.give_back()
             held |= interleaved({"read from disk": waited(one_round)}, repeats=repeats, warm_ups=1)
             on_gpu["read from disk"] = computing(one_round)
             begin = time.monotonic()

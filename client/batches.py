@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from client.held_volumes import held
 from client.samples import sample
 from common.config import FederationConfig
 from sites.cache import CachedSubject
@@ -47,7 +48,8 @@ def _made(
         sequence = order.permutation(count) % len(subjects)
         for start in range(0, count, size):
             chosen = sequence[start : start + size]
-            pairs = [sample(subjects[index], config, order, device) for index in chosen]
+            volumes = [held(subjects[index], device) for index in chosen]
+            pairs = [sample(volume, config, order, device) for volume in volumes]
             images, labels = zip(*pairs, strict=True)
             yield torch.stack(images), torch.stack(labels)
 

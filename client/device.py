@@ -33,9 +33,12 @@ def available_cores() -> int:
 
 
 def is_full_memory(error: BaseException) -> bool:
-    """Did torch or numpy find too little memory? On a CPU torch says so by its text only."""
-    full = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return full or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    """Did torch or numpy find too little memory? On a CPU, and for CUDA's libraries, torch says so by
+    its text only."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    texts = ("DefaultCPUAllocator", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def use_threads(training: Training) -> None:

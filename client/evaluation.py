@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from client.held_volumes import give_back
 from common.config import FederationConfig
 from common.loss import dice_focal_loss
 from common.metrics import SubjectMetrics, subject_metrics
@@ -76,7 +77,7 @@ def evaluate(
     with _beside(device) as beside:
         results = []
         for subject in track(subjects, what, len(subjects), "subjects"):
-            scores = class_scores(network, subject.image(), config, device)
+            scores = _with_room(partial(class_scores, network, subject.image(), config, device))
             labels = torch.from_numpy(np.array(subject.labels()))[None].to(device)
             loss = float(dice_focal_loss(scores[None], labels, **config.loss.model_dump()))
             found = restore(scores, subject.geometry)
@@ -95,8 +96,22 @@ def _beside(device: torch.device) -> Iterator[Callable[..., Callable[[], Subject
             lambda result: result, function(*args, **named)
         )
         return
-    with ThreadPoolExecutor(METRICS_THREADS, thread_name_prefix="metrics") as threads:
+    threads = ThreadPoolExecutor(METRICS_THREADS, thread_name_prefix="metrics")
+    try:
         yield lambda function, *args, **named: threads.submit(function, *args, **named).result
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _with_room(work: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """`work()`, if need be in the GPU memory that held volumes take."""
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        if not give_back():
+            raise
+    torch.cuda.empty_cache()
+    return work()
 
 
 def measured(

@@ -2,7 +2,7 @@
 
 Read from disk, a 128^3 batch takes longer than a modern GPU takes to train on it; a site's subjects
 (about 30 MB each, fp16) mostly fit beside the network. Once held they stay until the process ends or
-`release` is called. A CPU reads the memory-mapped files: the system's page cache holds them already.
+`give_back` is called. A CPU reads the memory-mapped files: the system's page cache holds them already.
 """
 
 from __future__ import annotations
@@ -43,11 +43,15 @@ _room: dict[torch.device, int] = {}
 _one_at_a_time = threading.Lock()
 
 
+def on_disk(subject: CachedSubject) -> Volume:
+    return Volume(subject.image(), subject.labels())
+
+
 def held(subject: CachedSubject, device: torch.device) -> Volume:
     """`subject`'s voxels, as near to `device` as they fit."""
-    image, labels = subject.image(), subject.labels()
     if device.type != "cuda":
-        return Volume(image, labels)
+        return on_disk(subject)
+    image, labels = subject.image(), subject.labels()
     with _one_at_a_time:
         if (volume := _held.get(subject.folder)) is not None:
             return volume
@@ -69,9 +73,8 @@ def held(subject: CachedSubject, device: torch.device) -> Volume:
         return volume
 
 
-def release() -> bool:
-    """Give the GPU's memory back for good: from now on volumes are read from disk. Whether there was
-    any to give back."""
+def give_back() -> bool:
+    """Give the GPU's memory up for good: from now on volumes are read from disk. Whether there was any."""
     with _one_at_a_time:
         some = bool(_held)
         _held.clear()

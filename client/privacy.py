@@ -25,6 +25,7 @@ from torch import nn
 
 from client.accounting import Steps
 from client.forward import forward_of
+from client.held_volumes import on_disk
 from client.samples import augmented, sample
 from client.system_noise import system_sample
 from client.training import Outcome
@@ -147,8 +148,9 @@ def patient_gradient(
     t = config.training
     parameters = [p for p in network.parameters() if p.requires_grad]
     forward = forward_of(config, device)
-    crops = [scan for scan in scans for _ in range(config.privacy.crops)]
-    pairs = [sample(scan, config, order, device) for scan in crops]
+    # Not held in GPU memory: a private step that ran out of it could not be tried again.
+    crops = [on_disk(scan) for scan in scans for _ in range(config.privacy.crops)]
+    pairs = [sample(crop, config, order, device) for crop in crops]
     total: Gradient = []
     mean = 0.0
     for start in range(0, len(pairs), t.batch_size):

@@ -8,23 +8,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from client.held_volumes import Volume, held
+from client.held_volumes import Volume
 from common.config import FederationConfig, Training
 from sites.augment import augment
-from sites.cache import CachedSubject
 
 TUMOUR_CENTRED = 0.5  # share of patches that hold tumour for certain; nnU-Net has a third
 
 
 def sample(
-    subject: CachedSubject,
+    volume: Volume,
     config: FederationConfig,
     order: np.random.Generator,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Image (C, X, Y, Z) float32 and labels (X, Y, Z) uint8 on `device`: the whole working grid, or
     a patch, by even chance around a random tumour voxel and padded with zeros if the grid is smaller."""
-    volume = held(subject, device)
     if config.preprocess.mode != "patches":
         return _cut(volume, (slice(None),) * 3, volume.shape, device)
     size = config.training.patch

@@ -1,14 +1,16 @@
 """What a training step does when the GPU has too little memory for it: the same sums, in less memory.
 
 First the prepared subjects are read from disk (`client.held_volumes`). Then each batch is taken
-subject by subject, gradients added up; then, besides, each block's activations are computed
-anew in the backward pass instead of kept (Chen et al. 2016, arXiv:1604.06174). None of it changes what
-is computed but for rounding. So: with batch norm, whose statistics are those of the batch, the last
-two are not done. What was needed is remembered until the process ends.
+subject by subject, gradients added up; then, besides, each block's activations are computed anew in
+the backward pass instead of kept (Chen et al. 2016, arXiv:1604.06174). None of it changes what is
+computed but for rounding, and for which noise the auto-encoder of segresnet_vae draws. So: with batch
+norm, whose statistics are those of the batch, the last two are not done. What was needed is
+remembered until the process ends.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -25,7 +27,8 @@ from monai.networks.nets.basic_unet import TwoConv
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from client.held_volumes import release
+from client.device import is_full_memory
+from client.held_volumes import give_back
 
 LOG = logging.getLogger("fedbrats")
 Result = TypeVar("Result")
@@ -68,15 +71,18 @@ def within_memory(
     while thrift is not None:
         try:
             return attempt(thrift)
-        except torch.OutOfMemoryError as error:
-            found = str(error).splitlines()[0]
-        # only now is nothing of the failed step referred to any more
+        except (MemoryError, RuntimeError) as error:
+            if not is_full_memory(error):
+                raise
+            found = str(error).partition("\n")[0].partition(" GPU 0 has")[0]
+        # The failed step may hang on the traceback of the thread that prepares batches.
+        gc.collect()
         network.zero_grad(set_to_none=True)
-        released = release()
+        given_back = give_back()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         network.load_state_dict(start)
-        if released:
+        if given_back:
             LOG.warning(
                 f"{site}: the GPU's memory is too small for the prepared subjects besides the training "
                 f"({found}); the round begins again and reads them from disk."
@@ -89,8 +95,9 @@ def within_memory(
                 f"begins again with {thrift.means}, which is slower and gives the same result."
             )
     raise GpuTooSmall(
-        f"{site}: a training step does not fit into the GPU's memory. Other programs on that GPU may "
-        "hold it; else the federation needs a smaller training.patch, training.batch_size or network"
+        f"{site}: a training step does not fit into the GPU's memory. Other programs on that GPU, other "
+        "sites' among them, may hold it; else the federation needs a smaller training.patch, "
+        "training.batch_size or network"
         f"{', or network.norm: instance' if any(True for _ in network.buffers()) else ''}."
     )
 

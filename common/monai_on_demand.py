@@ -5,17 +5,19 @@ wherever they are installed; a network and a sliding window need few of them. On
 `load_monai_on_demand` was called, MONAI's own `__init__` runs without its walk through all modules,
 and what the `__init__` of another of its packages only hands on (`from .module import name`, not used
 there itself) is loaded when it is first asked for (PEP 562). The modules are MONAI's, untouched, so
-every class and function is the same one.
+every class and function is the same one. Packages of MONAI are found as its attributes, and names
+by `import *` and `dir`, as before.
 """
 
 from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import find_spec
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -45,8 +47,13 @@ class _PackageLoader(SourceFileLoader):
         self._tree = ast.parse(self.get_data(self.path), self.path)
         if module.__name__ == "monai":
             self._tree.body = [part for part in self._tree.body if not _is_walk(part)]
+            module.__getattr__ = _package_of(module)  # type: ignore[method-assign]
         else:
-            _hand_on(module, _take_out(self._tree))
+            names = _take_out(self._tree)
+            _hand_on(module, names)
+            super().exec_module(module)
+            _all_names(module, list(names))
+            return
         super().exec_module(module)
 
     def get_code(self, fullname: str) -> CodeType:
@@ -85,4 +92,26 @@ def _hand_on(package: ModuleType, names: dict[str, tuple[str, str]]) -> None:
         setattr(package, name, value)
         return value
 
+    def listed() -> list[str]:
+        return sorted({*vars(package), *names})
+
     package.__getattr__ = load  # type: ignore[method-assign]
+    package.__dir__ = listed  # type: ignore[method-assign]
+
+
+def _all_names(package: ModuleType, names: Sequence[str]) -> None:
+    """What `import *` takes, where the package itself does not say."""
+    if not hasattr(package, "__all__"):
+        found = {*vars(package), *names}
+        package.__all__ = sorted(n for n in found if not n.startswith("_"))  # type: ignore[attr-defined]
+
+
+def _package_of(monai: ModuleType) -> Callable[[str], ModuleType]:
+    def load(name: str) -> ModuleType:
+        if not name.startswith("_"):
+            full = f"{monai.__name__}.{name}"
+            if find_spec(full) is not None:
+                return import_module(full)
+        raise AttributeError(f"module {monai.__name__!r} has no attribute {name!r}")
+
+    return load

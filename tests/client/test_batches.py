@@ -10,7 +10,7 @@ import torch
 
 import client.held_volumes
 from client.batches import _one_ahead, batches
-from client.held_volumes import Volume, held, release
+from client.held_volumes import Volume, give_back, held
 from sites.cache import CachedSubject
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def test_volumes_held_as_tensors_give_the_same_batches_as_those_on_disk(
         image, labels = (torch.from_numpy(np.array(a)) for a in (subject.image(), subject.labels()))
         return Volume(image, labels, np.flatnonzero(labels.numpy()).astype(np.int32))
 
-    monkeypatch.setattr("client.samples.held", on_gpu)
+    monkeypatch.setattr("client.batches.held", on_gpu)
     for found, expected in zip(all_batches(), from_disk, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
         assert found[0].dtype == torch.float32
@@ -104,6 +104,6 @@ def test_only_what_fits_is_held_and_only_until_it_is_released(
     volumes = [held(subject, gpu) for subject in subjects]
     assert [isinstance(v.image, torch.Tensor) for v in volumes] == [True, True, False]
     assert held(subjects[0], gpu) is volumes[0]
-    assert release()
-    assert not release()
+    assert give_back()
+    assert not give_back()
     assert not any(isinstance(held(subject, gpu).image, torch.Tensor) for subject in subjects)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from client.device import limit_gpu_memory
+from client.device import is_full_memory, limit_gpu_memory
 
 
 @pytest.fixture
@@ -36,3 +36,18 @@ def test_without_a_limit_or_a_gpu_nothing_is_set(limits, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     limit_gpu_memory(10)
     assert limits == []
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("shapes do not fit"), False),
+        (ValueError("ALLOC_FAILED"), False),
+    ],
+)
+def test_too_little_memory_is_told_from_other_errors(error, full):
+    assert is_full_memory(error) is full

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import nibabel
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from client.evaluation import class_scores, evaluate, predict
+from client.evaluation import _beside, _with_room, class_scores, evaluate, predict
 from common.config import FederationConfig
 from common.metrics import SubjectMetrics
 from common.model import network_for
@@ -121,3 +123,47 @@ def test_scores_equal_those_computed_from_the_original_files(
             }
             for key, value in expected.items():
                 assert metrics.scores[name][key] == pytest.approx(value, abs=1e-12), (name, key)
+
+
+# ------------------------------------------------------------------------ beside a busy GPU
+
+
+def test_metrics_beside_a_gpu_come_back_in_order_and_are_given_up_after_an_error():
+    begun: list[int] = []
+    wait = threading.Event()
+
+    def slow(number: int) -> int:
+        begun.append(number)
+        wait.wait(5)
+        return number
+
+    with _beside(torch.device("cuda")) as beside:
+        results = [beside(slow, number) for number in range(9)]
+        wait.set()
+        assert [result() for result in results] == list(range(9))
+    begun.clear()
+    wait.clear()
+    with pytest.raises(OSError, match="gone"), _beside(torch.device("cuda")) as beside:
+        for number in range(99):
+            beside(slow, number)
+        threading.Timer(0.1, wait.set).start()
+        raise OSError("gone")
+    assert len(begun) < 20
+
+
+def test_an_evaluation_takes_the_memory_of_held_volumes_before_it_gives_up(monkeypatch):
+    held = iter([True, False])
+    monkeypatch.setattr("client.evaluation.give_back", lambda: next(held))
+    tries: list[int] = []
+
+    def work(enough: int) -> str:
+        tries.append(1)
+        if len(tries) < enough:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return "scores"
+
+    assert _with_room(partial(work, 2)) == "scores"
+    tries.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        _with_room(partial(work, 2))
+    assert len(tries) == 1

@@ -114,7 +114,7 @@ def test_the_round_begins_again_from_its_weights_and_what_was_needed_is_remember
 def test_before_any_thrift_the_prepared_subjects_leave_the_gpus_memory(monkeypatch, caplog):
     network = torch.nn.Linear(2, 2)
     held = iter([True, False])
-    monkeypatch.setattr(client.thrift, "release", lambda: next(held))
+    monkeypatch.setattr(client.thrift, "give_back", lambda: next(held))
     attempt = Small(network, Thrift.ONE_BY_ONE)
     with caplog.at_level(logging.WARNING, "fedbrats"):
         within_memory(attempt, network, what="config", site="site-04")

@@ -62,6 +62,21 @@ except RuntimeError as error:
     assert run(program, tmp_path).splitlines() == ["1 7 8 False", "True True False", "heavy"]
 
 
+def test_packages_are_attributes_and_star_imports_and_dir_see_every_name(tmp_path):
+    program = """
+import monai
+print(monai.losses.DiceLoss.__module__, hasattr(monai, "no_such_package"), hasattr(monai, "__path"))
+print({"DiceLoss", "FocalLoss"} <= set(dir(monai.losses)))
+from monai.losses import *
+print(DiceLoss is monai.losses.DiceLoss, FocalLoss.__module__)
+"""
+    assert run(program, tmp_path).splitlines() == [
+        "monai.losses.dice False False",
+        "True",
+        "True monai.losses.focal_loss",
+    ]
+
+
 def test_a_network_needs_a_tenth_of_monai_and_none_of_what_it_finds_installed(tmp_path):
     program = """
 import common.network
