@@ -143,11 +143,16 @@ def test_metrics_beside_a_gpu_come_back_in_order_and_are_given_up_after_an_error
         assert [result() for result in results] == list(range(9))
     begun.clear()
     wait.clear()
-    with pytest.raises(OSError, match="gone"), _beside(torch.device("cuda")) as beside:
-        for number in range(99):
-            beside(slow, number)
-        threading.Timer(0.1, wait.set).start()
-        raise OSError("gone")
+
+    def failing() -> None:
+        with _beside(torch.device("cuda")) as beside:
+            for number in range(99):
+                beside(slow, number)
+            threading.Timer(0.1, wait.set).start()
+            raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        failing()
     assert len(begun) < 20
 
 
