@@ -21,10 +21,6 @@ SILENT = {  # nothing phones home, whatever the environment said before
 # OpenMP's threads wait for each other by spinning. Where another program wants the same cores, long
 # spinning made a training step up to 3 times slower (docs/measurements.md); a user's own value wins.
 PATIENT = {"GOMP_SPINCOUNT": "2000"}
-# New objects until Python looks for garbage in cycles. Its own 700 make it go through the hundred
-# thousands of lasting objects of torch, Flower and Opacus again and again while they load, for a third
-# of that time.
-COLLECT_AFTER = 50_000
 
 
 def prepare_environment() -> None:
@@ -33,8 +29,9 @@ def prepare_environment() -> None:
     for name, value in PATIENT.items():
         os.environ.setdefault(name, value)
     load_monai_on_demand()
-    gc.set_threshold(COLLECT_AFTER)
-    atexit.register(gc.freeze)  # nor once more at the end, where that takes torch half a second
+    # No search for garbage in cycles at the end, where it takes torch half a second. Before the end it
+    # stays as Python has it: messages with whole models in them are such garbage.
+    atexit.register(gc.freeze)
 
 
 def installed_version(package: str) -> str | None:
