@@ -5,8 +5,8 @@
 step      one optimiser step of two subjects of 128^3, four modalities. Peer: MONAI's network as it
           comes, DiceLoss + softmax FocalLoss, fp16 autocast with GradScaler, Adam, cuDNN benchmark
           mode on, as in MONAI's BraTS tutorial. Ours: `client.forward` eager and compiled, as
-          `client.training` calls it, bf16. No augmentation, data already on the GPU. Loss and
-          gradient of the first step are compared. For the reference U-Net (16..256) and nnU-Net's
+          `client.training` calls it, bf16. No augmentation, data already on the GPU. The losses of
+          the first step are compared. For the reference U-Net (16..256) and nnU-Net's
           (DynUNet 32..320), for which NVIDIA publishes 27.5 images/s on an A100. FLOPs are counted
           by torch; the peak is that of an 8192^3 bf16 matrix product in the same run.
 round     `client.training.train` of the default preset on subjects in a cache on disk, everything

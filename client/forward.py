@@ -1,7 +1,7 @@
 """From a batch to its loss: the network's forward pass under autocast, and the loss in fp32.
 
 On a GPU the pass is compiled by `torch.compile` when the federation is long enough to be worth the
-half minute that this takes: between two convolutions a step is then one kernel instead of five. A
+half minute that this takes: what lies between two convolutions is then fused into few kernels. A
 machine without a C compiler, which Triton needs, trains without, and its log says so once.
 """
 
@@ -66,7 +66,7 @@ def _can_compile(device: torch.device) -> bool:
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         LOG.warning(
-            "torch cannot compile for this GPU, so that training takes about a quarter longer than "
+            "torch cannot compile for this GPU, so that training takes about a third longer than "
             f"it could ({first}). It needs Triton and a C compiler (gcc)."
         )
         return False

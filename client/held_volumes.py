@@ -1,8 +1,9 @@
 """A subject's prepared voxels where the training reads them: in GPU memory if there is room, else on disk.
 
-Read from disk, a 128^3 batch takes longer than a modern GPU takes to train on it; a site's subjects
-(about 30 MB each, fp16) mostly fit beside the network. Once held they stay until the process ends or
-`give_back` is called. A CPU reads the memory-mapped files: the system's page cache holds them already.
+A round then takes 4 to 7 % less time than with volumes read one batch ahead, and 0.6 of the host's CPU
+time (H200, docs/speed.md). A subject is about 30 MB (fp16), so a site's subjects mostly fit beside the
+network. Once held they stay until the process ends or `give_back` is called. A CPU reads the
+memory-mapped files: the system's page cache holds them already.
 """
 
 from __future__ import annotations

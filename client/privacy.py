@@ -150,13 +150,14 @@ def patient_gradient(
     forward = forward_of(config, device)
     # Not held in GPU memory: a private step that ran out of it could not be tried again.
     crops = [on_disk(scan) for scan in scans for _ in range(config.privacy.crops)]
-    pairs = [sample(crop, config, order, device) for crop in crops]
     total: Gradient = []
     mean = 0.0
-    for start in range(0, len(pairs), t.batch_size):
-        images, labels = zip(*pairs[start : start + t.batch_size], strict=True)
+    for start in range(0, len(crops), t.batch_size):
+        some = crops[start : start + t.batch_size]
+        pairs = [sample(crop, config, order, device) for crop in some]
+        images, labels = zip(*pairs, strict=True)
         batch, truth = augmented(torch.stack(images), torch.stack(labels), t, generator)
-        share = len(batch) / len(pairs)
+        share = len(batch) / len(crops)
         loss, auxiliary = forward(network, batch, truth)
         loss = share * (loss if auxiliary is None else loss + auxiliary)
         found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)

@@ -98,14 +98,19 @@ def within_memory(
         f"{site}: a training step does not fit into the GPU's memory. Other programs on that GPU, other "
         "sites' among them, may hold it; else the federation needs a smaller training.patch, "
         "training.batch_size or network"
-        f"{', or network.norm: instance' if any(True for _ in network.buffers()) else ''}."
+        f"{', or network.norm: instance' if _keeps_statistics(network) else ''}."
     )
 
 
 def more(thrift: Thrift, network: nn.Module) -> Thrift | None:
     """The next step of thrift, or None if there is none for `network`."""
-    keeps_statistics = any(True for _ in network.buffers())
-    return None if keeps_statistics or thrift is Thrift.RECOMPUTED else Thrift(thrift + 1)
+    last = thrift is Thrift.RECOMPUTED or _keeps_statistics(network)
+    return None if last else Thrift(thrift + 1)
+
+
+def _keeps_statistics(network: nn.Module) -> bool:
+    """As batch norm does, in buffers."""
+    return any(True for _ in network.buffers())
 
 
 @contextmanager

@@ -4,7 +4,7 @@
 wherever they are installed; a network and a sliding window need few of them. Once
 `load_monai_on_demand` was called, MONAI's own `__init__` runs without its walk through all modules,
 and what the `__init__` of another of its packages only hands on (`from .module import name`, not used
-there itself) is loaded when it is first asked for (PEP 562). The modules are MONAI's, untouched, so
+there itself) is loaded when it is first asked for (PEP 562). All other modules are MONAI's, untouched, so
 every class and function is the same one. Packages of MONAI are found as its attributes, and names
 by `import *` and `dir`, as before.
 """
@@ -48,13 +48,12 @@ class _PackageLoader(SourceFileLoader):
         if module.__name__ == "monai":
             self._tree.body = [part for part in self._tree.body if not _is_walk(part)]
             module.__getattr__ = _package_of(module)  # type: ignore[method-assign]
+            super().exec_module(module)
         else:
             names = _take_out(self._tree)
             _hand_on(module, names)
             super().exec_module(module)
             _all_names(module, list(names))
-            return
-        super().exec_module(module)
 
     def get_code(self, fullname: str) -> CodeType:
         return self.source_to_code(self._tree, self.path)  # never from or to a file that others use

@@ -80,7 +80,8 @@ def augment(
         )
         for b in range(batch)
     ]
-    if any(new[0] is not old[0] for new, old in zip(moved, pairs, strict=True)):
+    any_moved = any(new[0] is not old[0] for new, old in zip(moved, pairs, strict=True))
+    if any_moved:
         labels = torch.stack([label for _, label in moved])
     if intensity_scale or intensity_shift or noise:
         images = _recoloured(
@@ -90,7 +91,7 @@ def augment(
             spread=noise * spread,
             seeds=[seed for _, seed in seeds],
         )
-    elif any(new[0] is not old[0] for new, old in zip(moved, pairs, strict=True)):
+    elif any_moved:
         images = torch.stack([image for image, _ in moved])
     return images, labels
 
