@@ -1,17 +1,21 @@
-"""A federation round in one machine beyond training: ours and Flower's Ray engine.
+"""A federation round in one machine beyond training: our engine, Flower's (Ray), NVFlare's simulator.
 
     python benchmarks/engine_overhead.py [--sites 4,10,23] [--repeats 5] [--rounds 3] [--json FILE]
-        [--quick]
+        [--nvflare PYTHON] [--quick]
 
-All do the same work: the same initial network of 20 MB in fp32; in every round each site trains, the
-updates are averaged, and each site evaluates the new model. "Training" adds a constant of the site to
-every weight and "evaluation" answers fixed numbers, so a round is the engine. The final weights are
-compared: initial + rounds * mean of the constants.
+All do the same work: a model of 20 MB in fp32; in every round each site trains and the updates are
+averaged. "Training" adds a constant of the site to every weight, so a round is the engine. The final
+weights are compared: initial + rounds * mean of the constants.
 
-- ours: `simulation.grid.run_in_process` with the product's ServerApp and ClientApp, default settings:
-  checks, outliers, synced checkpoints, history and the sites' records are in its time.
-- Flower: `run_simulation` (Ray) with stock FedAvg and a core for each actor, so all cores work. It keeps
-  nothing on disk.
+- One pair of apps, Flower's FedAvg and a client that trains and evaluates, on both engines:
+  `simulation.grid.run_in_process`, and `run_simulation` (Ray) with a core for each actor, so all cores
+  work. Between these two only the engine differs. The engine's overhead is a round less the apps' own
+  work as they time it themselves; Ray's clients are taken to share the cores perfectly.
+- The product: its ServerApp and ClientApp on our engine, default settings. A network that holds what it
+  was sent, fp16 changes, checks, outliers, synced checkpoints, history and the sites' records are in its
+  time; neither of the others does any of that.
+- NVFlare's own FedAvg (`nvflare_peer.py`, without evaluation), if `--nvflare` names the Python of an
+  environment with it:  python -m venv V; V/bin/pip install nvflare==2.9.0
 
 Blocks of the systems alternate; a block is a process of its own with one more round than is counted:
 the first is left out. A round's time is from the end of the round before. Memory is read in one more
@@ -39,7 +43,8 @@ HERE = Path(__file__).resolve().parent
 REACH = 5.0
 STEP = 1e-3  # times the site's number
 LONGEST_BLOCK = 900.0  # seconds
-OURS, FLOWER = "fedbrats, in process", "Flower, Ray"
+OURS, RAY = "FedAvg, our engine", "FedAvg, Flower's (Ray)"
+PRODUCT, NVFLARE = "fedbrats", "NVFlare's simulator"
 
 
 class Tree:
@@ -113,17 +118,18 @@ def block(command: list[str], memory: bool) -> dict[str, Any]:
     return json.loads(lines[-1]) | {"peak": tree.peak, "processes": tree.processes}
 
 
-def seconds_of(result: dict[str, Any]) -> list[float]:
+def seconds_of(result: dict[str, Any], sites: int) -> list[float]:
     """Of each round but the first. Raises RuntimeError: it did other work than was asked for."""
-    if not math.isclose(result["moved"], result["expected"], rel_tol=1e-3):
-        raise RuntimeError(f"the weights moved {result['moved']}, expected {result['expected']}")
+    expected = result["rounds"] * STEP * (sites + 1) / 2
+    if not math.isclose(result["moved"], expected, rel_tol=1e-3):
+        raise RuntimeError(f"the weights moved {result['moved']}, expected {expected}")
     return [b - a for a, b in zip(result["ends"], result["ends"][1:], strict=False)]
 
 
 # ------------------------------------------------------------------------------- inside a block
 
 
-def run_ours(sites: int, rounds: int, initial: Path, folder: Path) -> dict[str, Any]:
+def run_product(sites: int, rounds: int, initial: Path, folder: Path) -> dict[str, Any]:
     from instant_rounds import instant_federation
 
     from common.weights import load_weights
@@ -134,7 +140,8 @@ def run_ours(sites: int, rounds: int, initial: Path, folder: Path) -> dict[str, 
     return {"ends": ends, "moved": moved(first, last), "training": made.training_seconds}
 
 
-def run_flower(sites: int, rounds: int, initial: Path, folder: Path) -> dict[str, Any]:
+def run_apps(way: str, sites: int, rounds: int, initial: Path, folder: Path) -> dict[str, Any]:
+    """Flower's FedAvg and a client, the same two on either engine."""
     from common.environment import prepare_environment
 
     prepare_environment()
@@ -143,7 +150,6 @@ def run_flower(sites: int, rounds: int, initial: Path, folder: Path) -> dict[str
     from flwr.clientapp import ClientApp
     from flwr.serverapp import Grid, ServerApp
     from flwr.serverapp.strategy import FedAvg
-    from flwr.simulation import run_simulation
 
     step = STEP
     client = ClientApp()
@@ -152,34 +158,49 @@ def run_flower(sites: int, rounds: int, initial: Path, folder: Path) -> dict[str
     def train(message: Message, context: Context) -> Message:
         import torch  # noqa: F401  Flower looks whether it is there
 
+        begin = time.monotonic()
+        # which site: Ray's nodes have a number, ours a folder
+        told = context.node_config
+        number = int(str(told.get("site-folder") or 1 + int(told["partition-id"])))
         weights = message.content["arrays"].to_torch_state_dict()
         for tensor in weights.values():
             if tensor.is_floating_point():
-                tensor += step * (1 + int(context.node_config["partition-id"]))
-        metrics = MetricRecord({"num-examples": 1, "loss": 1.0})
-        content = RecordDict({"arrays": ArrayRecord(weights), "metrics": metrics})
+                tensor += step * number
+        arrays = ArrayRecord(weights)
+        numbers = {"num-examples": 1, "loss": 1.0, "seconds": time.monotonic() - begin}
+        content = RecordDict({"arrays": arrays, "metrics": MetricRecord(numbers)})
         return Message(content, reply_to=message)
 
     @client.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         import torch  # noqa: F401
 
+        begin = time.monotonic()
         message.content["arrays"].to_torch_state_dict()
-        metrics = MetricRecord({"num-examples": 1, "dice": 0.5, "loss": 0.5})
-        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+        numbers = {"num-examples": 1, "dice": 0.5, "seconds": time.monotonic() - begin}
+        return Message(RecordDict({"metrics": MetricRecord(numbers)}), reply_to=message)
 
     ends: list[float] = []
+    work: list[float] = []
     result: dict[str, Any] = {}
+    at_once = 1 if way == OURS else min(sites, os.cpu_count() or 1)
 
     class Marking(FedAvg):
         def aggregate_train(self, server_round: int, replies: Any) -> Any:
             replies = list(replies)
             assert all(reply.has_content() for reply in replies), [r.error for r in replies]
             assert len(replies) == sites
-            return super().aggregate_train(server_round, replies)
+            begin = time.monotonic()
+            arrays, metrics = super().aggregate_train(server_round, replies)
+            assert metrics is not None
+            mean = float(metrics["seconds"])  # type: ignore[arg-type]
+            work.append(time.monotonic() - begin + mean * sites / at_once)
+            return arrays, metrics
 
         def aggregate_evaluate(self, server_round: int, replies: Any) -> Any:
             metrics = super().aggregate_evaluate(server_round, list(replies))
+            assert metrics is not None
+            work[-1] += float(metrics["seconds"]) * sites / at_once  # type: ignore[arg-type]
             ends.append(time.monotonic())
             return metrics
 
@@ -198,13 +219,20 @@ def run_flower(sites: int, rounds: int, initial: Path, folder: Path) -> dict[str
         done = strategy.start(grid=grid, initial_arrays=ArrayRecord(first), num_rounds=rounds)
         result["moved"] = moved(first, done.arrays.to_torch_state_dict())
 
-    run_simulation(
-        server_app=server,
-        client_app=client,
-        num_supernodes=sites,
-        backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
-    )
-    return {"ends": ends, **result}
+    if way == OURS:
+        from simulation.grid import run_in_process
+
+        run_in_process(server, client, folder, {n: Path(str(n)) for n in range(1, sites + 1)})
+    else:
+        from flwr.simulation import run_simulation
+
+        run_simulation(
+            server_app=server,
+            client_app=client,
+            num_supernodes=sites,
+            backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+        )
+    return {"ends": ends, "work": work, **result}
 
 
 def moved(first: Any, last: Any) -> float:
@@ -215,66 +243,94 @@ def moved(first: Any, last: Any) -> float:
 
 def inside(way: str, sites: int, rounds: int, initial: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        run = {OURS: run_ours, FLOWER: run_flower}[way]
-        result = run(sites, rounds, initial, Path(folder))
-    result["expected"] = rounds * STEP * (sites + 1) / 2
-    print("\n" + json.dumps(result), flush=True)
+        if way == PRODUCT:
+            result = run_product(sites, rounds, initial, Path(folder))
+        else:
+            result = run_apps(way, sites, rounds, initial, Path(folder))
+    print("\n" + json.dumps(result | {"rounds": rounds}), flush=True)
 
 
 # ------------------------------------------------------------------------------------- outside
 
 
-def compare(sites: int, chosen: argparse.Namespace, initial: Path) -> dict[str, Any]:
-    rounds = chosen.rounds + 1
+def commands(sites: int, rounds: int, initial: Path, nvflare: str | None) -> dict[str, list[str]]:
     own = [sys.executable, str(HERE / "engine_overhead.py"), "--initial", str(initial)]
     asked = ["--sites", str(sites), "--rounds", str(rounds), "--inside"]
-    commands = {OURS: [*own, *asked, OURS], FLOWER: [*own, *asked, FLOWER]}
-    seconds: dict[str, list[float]] = {way: [] for way in commands}
-    every: dict[str, list[float]] = {way: [] for way in commands}
-    rows: dict[str, Any] = {}
+    found = {way: [*own, *asked, way] for way in (OURS, RAY, PRODUCT)}
+    if nvflare:
+        values = str(initial.stat().st_size // 4)
+        peer = str(HERE / "nvflare_peer.py")
+        found[NVFLARE] = [nvflare, peer, str(sites), str(rounds), values]
+    return found
+
+
+def compare(sites: int, chosen: argparse.Namespace, initial: Path) -> dict[str, Any]:
+    ways = commands(sites, chosen.rounds + 1, initial, chosen.nvflare)
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    overhead: dict[str, list[float]] = {OURS: [], RAY: []}
+    rows: dict[str, Any] = {way: {"round_s": []} for way in ways}
     for repeat in range(chosen.repeats + 1):
-        for way, command in commands.items():
-            result = block(command, memory=repeat == chosen.repeats)
-            took = seconds_of(result)
+        for way, command in ways.items():
+            with tempfile.TemporaryDirectory() as folder:
+                own = [*command, folder] if way == NVFLARE else command
+                result = block(own, memory=repeat == chosen.repeats)
+            took = seconds_of(result, sites)
             if repeat < chosen.repeats:
                 seconds[way].append(statistics.median(took))
-                every[way] += took
+                rows[way]["round_s"] += took
+                if way in overhead:
+                    worked = result["work"][1:]
+                    beyond = [s - w for s, w in zip(took, worked, strict=True)]
+                    overhead[way].append(statistics.median(beyond))
             else:
-                rows[way] = {
-                    "peak_mib": round(result["peak"] / 2**20),
-                    "processes": result["processes"],
-                }
+                rows[way]["peak_mib"] = round(result["peak"] / 2**20)
+                rows[way]["processes"] = result["processes"]
             print(f"{sites} sites, {way}: {' '.join(f'{s:.2f}' for s in took)}", file=sys.stderr)
     for way, row in rows.items():
-        row["round_s"] = every[way]
-        pairs = zip(seconds[way], seconds[OURS], strict=True)
-        row["ratio"] = spread([theirs / ours for theirs, ours in pairs])
-        row["memory_ratio"] = row["peak_mib"] / rows[OURS]["peak_mib"]
+        row["x_our_engine"] = spread(
+            [t / o for t, o in zip(seconds[way], seconds[OURS], strict=True)]
+        )
+        row["x_product"] = spread(
+            [t / o for t, o in zip(seconds[way], seconds[PRODUCT], strict=True)]
+        )
     load = [round(x, 2) for x in os.getloadavg()]
-    return {"sites": sites, "rounds_a_block": chosen.rounds, "ways": rows, "load": load}
+    ratios = [theirs / ours for theirs, ours in zip(overhead[RAY], overhead[OURS], strict=True)]
+    return {
+        "sites": sites,
+        "rounds_a_block": chosen.rounds,
+        "ways": rows,
+        "engine_overhead_s": overhead,
+        "engine_ratio": spread(ratios),
+        "load": load,
+    }
 
 
 def show(result: dict[str, Any]) -> None:
     print(f"\n{result['sites']} sites, load averages {result['load']} on {os.cpu_count()} cores")
     print(
-        f"{'':24}{'round s, median (range)':>26}{'x ours (range)':>22}{'peak MiB':>10}{'x ours':>8}"
+        f"{'':24}{'round s, median (range)':>26}{'x our engine':>20}{'x fedbrats':>20}{'peak MiB':>10}"
     )
     for way, row in result["ways"].items():
-        s, r = spread(row["round_s"]), row["ratio"]
-        met = ""
-        if way != OURS:
-            met = f"  {REACH:g}: {'met' if r['median'] >= REACH else 'MISSED'}"
+        s, e, p = spread(row["round_s"]), row["x_our_engine"], row["x_product"]
         round_s = f"{s['median']:.2f} ({s['min']:.2f}-{s['max']:.2f})"
-        ratio = f"{r['median']:.1f} ({r['min']:.1f}-{r['max']:.1f})"
-        print(
-            f"{way:24}{round_s:>26}{ratio:>22}{row['peak_mib']:>10}{row['memory_ratio']:>8.1f}{met}"
-        )
+        engine = f"{e['median']:.1f} ({e['min']:.1f}-{e['max']:.1f})"
+        product = f"{p['median']:.1f} ({p['min']:.1f}-{p['max']:.1f})"
+        print(f"{way:24}{round_s:>26}{engine:>20}{product:>20}{row['peak_mib']:>10}")
+    ours, rays = (statistics.median(result["engine_overhead_s"][way]) for way in (OURS, RAY))
+    ratio = result["engine_ratio"]
+    print(
+        f"the same apps: ours takes {ours:.3f} s a round beyond their work, Flower's {rays:.3f} s: "
+        f"{ratio['min']:.1f} / {ratio['median']:.1f} / {ratio['max']:.1f} times, "
+        f"aim {REACH:g}: {'met' if ratio['median'] >= REACH else 'MISSED'}",
+        flush=True,
+    )
 
 
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--sites", help="default: 4,10,23, or 4 with --quick")
     parser.add_argument("--rounds", type=int, default=3, help="counted in each block")
+    parser.add_argument("--nvflare", help="the Python of an environment with NVFlare")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     parser.add_argument("--initial", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
