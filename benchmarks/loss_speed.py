@@ -1,10 +1,10 @@
 """The training loss, forward and backward, against MONAI's DiceLoss(softmax) + FocalLoss(use_softmax).
 
-    python benchmarks/loss_speed.py [--quick] [--repeats N] [--json FILE]
+    python benchmarks/loss_speed.py [--quick] [--threads 1] [--repeats N] [--json FILE]
 
 The same function of the same logits, 2 x 4 x 128^3 (48^3 with --quick): values and gradients are
 compared first. fp32 as MONAI's tutorials have them, and bf16 channels_last_3d, as the networks give
-them here under autocast. One CPU thread; also the GPU where there is one, waited for in each repeat.
+them here under autocast. Also the GPU where there is one, waited for in each repeat.
 Memory is the most that torch had allocated at one time beyond logits, labels and what was there.
 """
 
@@ -24,8 +24,10 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def main() -> None:
-    chosen = options(__doc__).parse_args()
-    torch.set_num_threads(1)
+    parser = options(__doc__)
+    parser.add_argument("--threads", type=int, default=1)
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
     side = 48 if chosen.quick else 128
     reports = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):

@@ -8,6 +8,7 @@ memory-mapped files: the system's page cache holds them already.
 
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 from sites.cache import CachedSubject
 
+LOG = logging.getLogger("fedbrats")
 SHARE = 0.4  # of the GPU memory that is free at the first subject; the rest is for training
 
 Array = np.ndarray | torch.Tensor
@@ -41,6 +43,7 @@ class Volume:
 
 _held: dict[Path, Volume] = {}
 _room: dict[torch.device, int] = {}
+_full: set[torch.device] = set()  # those of which the log says it
 _one_at_a_time = threading.Lock()
 
 
@@ -63,7 +66,13 @@ def held(subject: CachedSubject, device: torch.device) -> Volume:
             _room[device] = int(SHARE * min(free, allowed))
         size = image.nbytes + labels.nbytes
         if size > _room[device]:
-            return Volume(image, labels)  # read anew each time
+            if device not in _full:
+                _full.add(device)
+                LOG.info(
+                    f"the GPU's memory has room for {len(_held)} prepared subjects beside the training; "
+                    "the others are read from disk each time, a little slower."
+                )
+            return Volume(image, labels)
         _room[device] -= size
         volume = Volume(
             torch.from_numpy(np.array(image)).to(device),
@@ -81,4 +90,5 @@ def give_back() -> bool:
         _held.clear()
         for device in _room:
             _room[device] = 0
+            _full.add(device)  # whoever asks says so
         return some

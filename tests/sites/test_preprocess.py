@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from common.brats import MODALITIES
 from sites.checks import Scan, examine
+from sites.phantom_cohort import write_cohort
 from sites.preprocess import VERSION, Prepared, Recipe, best_class, prepare, restore
 from sites.subject import Subject, discover
 
@@ -133,6 +134,44 @@ def test_the_voxels_of_this_version_stay_the_same_to_the_byte(recipe, normalise,
             )  # z alone shrinks by so much
             volume = F.interpolate(volume, size=recipe.shape, mode="trilinear")[0, 0].numpy()
         assert prepared.image[channel].tobytes() == volume.astype(np.float16).tobytes()
+
+
+@pytest.mark.parametrize("recipe", [Recipe("resample", (24, 24, 16)), Recipe("patches")])
+def test_monais_transforms_give_the_same_voxels(tmp_path: Path, recipe: Recipe):
+    """From the files: to RAS, crop to the brain, normalise what is not 0, resample."""
+    from monai.data import NibabelReader
+    from monai.transforms import (
+        Compose,
+        CropForegroundd,
+        EnsureChannelFirstd,
+        LoadImaged,
+        NormalizeIntensityd,
+        Orientationd,
+        Resized,
+    )
+
+    root = write_cohort(tmp_path, sites=1, subjects_per_site=1, shape=(40, 40, 26), seed=3)
+    [subject] = discover(root).subjects
+    scan, _ = examine(subject, modalities=MODALITIES)
+    assert scan is not None
+    found = prepare(scan, recipe)
+
+    keys = ["image", "label"]
+    target = recipe.shape if recipe.mode == "resample" else found.geometry.box_shape
+    expected = Compose(
+        [
+            LoadImaged(keys, reader=NibabelReader(), dtype=np.float32),
+            EnsureChannelFirstd(keys),
+            Orientationd(keys, axcodes="RAS", labels=None),
+            CropForegroundd(keys, "image", select_fn=lambda v: v != 0, allow_smaller=True),
+            NormalizeIntensityd("image", nonzero=True, channel_wise=True),
+            Resized(keys, target, mode=["trilinear", "nearest-exact"]),
+        ]
+    )({"image": [subject.images[m] for m in MODALITIES], "label": subject.segmentation})
+    image, labels = (np.asarray(expected[key]) for key in keys)
+    np.testing.assert_allclose(found.image.astype(np.float32), image, rtol=2**-11, atol=1e-4)
+    np.testing.assert_array_equal(found.labels, np.where(labels[0] == 4, 3, labels[0]))
+    assert len(np.unique(labels)) == 4
 
 
 def test_one_absurdly_bright_voxel_stays_finite_in_half_precision():
