@@ -96,17 +96,16 @@ def check(
         complain("fed-client", f"{data} {problem}; give the folder that holds the subjects.")
         raise typer.Exit(USAGE)
 
-    from common.progress import track
     from sites.checks import examine, same_patient_twice
+    from sites.each_subject import each_subject
     from sites.patients import PatientsError, patients_of, unknown_in_list
-    from sites.subject import discover
+    from sites.subject import Subject, discover
 
     name = site or data.resolve().name
     discovery = discover(data, modalities=wanted, site=name)
     findings = list(discovery.findings)
-    digests = []
-    subjects = track(discovery.subjects, "checking", len(discovery.subjects), "subjects")
-    for subject in subjects:
+
+    def digest_of(subject: Subject) -> tuple[str | None, list[Finding]]:
         scan, found = examine(
             subject,
             modalities=wanted,
@@ -114,10 +113,14 @@ def check(
             require_labels=not no_labels,
             site=name,
         )
+        return (None if scan is None else scan.digest), found
+
+    digests = []
+    checked = each_subject(digest_of, discovery.subjects, "checking")
+    for subject, (digest, found) in zip(discovery.subjects, checked, strict=True):
         findings += found
-        if scan is not None:
-            digests.append((name, subject.id, scan.digest))
-        del scan
+        if digest is not None:
+            digests.append((name, subject.id, digest))
     findings += same_patient_twice(digests)
     try:
         patients_of(discovery.subjects, data)

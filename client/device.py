@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from common.config import Training
+from common.cores import available_cores
 
 GIGABYTE = 10**9
 
@@ -23,13 +22,6 @@ def limit_gpu_memory(gigabytes: float | None) -> None:
     if gigabytes is not None and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * GIGABYTE / total), 0)
-
-
-def available_cores() -> int:
-    """Cores this process may use, which a container or scheduler can have limited."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def is_full_memory(error: BaseException) -> bool:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from client.app import app as client_app
-from client.device import available_cores, best_device
+from client.device import best_device
 from client.privacy import NotProtectable, require_protectable
 from common.config import FederationConfig
 from common.config_file import ConfigError, anchored, dump_config, load_config
+from common.cores import available_cores
 from common.csv_cells import csv_text
 from common.files import locked, write_text_atomically
 from common.masking import FEWEST_SITES

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,14 +25,15 @@ from typing import Any
 import numpy as np
 
 from common.files import sync_folder
-from common.progress import track
 from common.weights import file_sha256
 from sites.checks import examine, same_patient_twice
+from sites.each_subject import each_subject
 from sites.finding import Finding
 from sites.preprocess import Geometry, Prepared, Recipe, prepare
 from sites.subject import SEGMENTATION, Subject
 
 SETTLED_SECONDS = 2.0  # a file changed later than this before hashing may change again unseen
+_ONE_ASKS = threading.Lock()  # of the hashes, where several threads share a connection
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def prepare_subjects(
     site: str,
     require_labels: bool = True,
 ) -> Preparation:
-    """Check and preprocess every subject that the cache does not hold yet.
+    """Check and preprocess every subject that the cache does not hold yet, a few at a time.
 
     A subject with an error finding is not among those ready; bad data never raises.
 
@@ -91,11 +93,15 @@ def prepare_subjects(
     ready: list[CachedSubject] = []
     findings: list[Finding] = []
     with _open_cache(folder) as hashes:
-        for subject in track(subjects, f"{site}: preparing", len(subjects), "subjects"):
-            entry, found = _one(subject, recipe, folder, hashes, site, require_labels)
-            findings += found
-            if entry is not None:
-                ready.append(entry)
+
+        def one(subject: Subject) -> tuple[CachedSubject | None, list[Finding]]:
+            return _one(subject, recipe, folder, hashes, site, require_labels)
+
+        made = each_subject(one, subjects, f"{site}: preparing")
+    for entry, found in made:
+        findings += found
+        if entry is not None:
+            ready.append(entry)
     findings += same_patient_twice((site, entry.id, entry.digest) for entry in ready)
     bad = {f.subject for f in findings if f.severity == "error"}
     first: dict[str, str] = {}
@@ -209,7 +215,10 @@ def _key(subject: Subject, recipe: Recipe, hashes: sqlite3.Connection) -> str:
         for role, paths in files.items()
     }
     if settled:
-        with hashes:  # one commit, thus one wait for the disk, for all files of a subject
+        with (
+            _ONE_ASKS,
+            hashes,
+        ):  # one commit, thus one wait for the disk, for all files of a subject
             hashes.executemany("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?)", settled)
     text = json.dumps({"id": subject.id, "files": parts, "recipe": asdict(recipe)}, sort_keys=True)
     return f"{subject.id}-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
@@ -230,10 +239,12 @@ def _content_hash(path: Path, hashes: sqlite3.Connection, settled: list[tuple[An
             status.st_mtime_ns,
             status.st_ctime_ns,
         )
-        row = hashes.execute(
-            "SELECT sha256 FROM hashes WHERE path = ? AND size = ? AND mtime_ns = ? AND ctime_ns = ?",
-            stamp,
-        ).fetchone()
+        with _ONE_ASKS:
+            row = hashes.execute(
+                "SELECT sha256 FROM hashes"
+                " WHERE path = ? AND size = ? AND mtime_ns = ? AND ctime_ns = ?",
+                stamp,
+            ).fetchone()
         if row:
             return str(row[0])
         digest = file_sha256(path)
@@ -245,7 +256,8 @@ def _content_hash(path: Path, hashes: sqlite3.Connection, settled: list[tuple[An
 
 
 def _open_hashes(folder: Path) -> sqlite3.Connection:
-    hashes = sqlite3.connect(folder / "files.sqlite", timeout=60)
+    # used by one thread at a time, but not always the same
+    hashes = sqlite3.connect(folder / "files.sqlite", timeout=60, check_same_thread=False)
     with hashes:
         hashes.execute(
             "CREATE TABLE IF NOT EXISTS hashes (path TEXT PRIMARY KEY, size INTEGER,"
@@ -255,7 +267,8 @@ def _open_hashes(folder: Path) -> sqlite3.Connection:
 
 
 def _write(entry: Path, prepared: Prepared, about: dict[str, Any]) -> None:
-    temporary = entry.with_name(f".{entry.name}.{os.getpid()}.tmp")
+    # its last word but one is the process (`_remove_leftovers`)
+    temporary = entry.with_name(f".{entry.name}.{threading.get_ident()}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
