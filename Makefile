@@ -18,6 +18,7 @@ test: $(VENV)/.installed-dev chromium
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 bench: $(VENV)/.installed
+	@echo 'Small sizes, to see that all run: fixed costs weigh more, and not every aim (for full sizes) is met.'
 	for name in preprocessing training_step augmentation_speed loss_speed metrics_speed averaging epoch dp_cost; \
 		do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
 	$(BIN)/python benchmarks/round_overhead.py

@@ -12,6 +12,9 @@ does before a subject can be trained on, to the fsync. One CPU thread and one co
 MONAI also runs with the normalisation after the resampling, as many recipes have it: less work, and
 another function of the voxels. What unpacking the files alone takes is the floor; beside it, the same by
 Python's gzip.
+
+At last a site of 8 phantoms, whole, with all cores: `prepare_subjects` as it is, and one subject after
+the other.
 """
 
 from __future__ import annotations
@@ -30,8 +33,9 @@ import numpy as np
 import torch
 from interleaved import interleaved, options, report, spread, write_json
 
+import sites.each_subject
 from common.brats import MODALITIES
-from sites.cache import prepare_subject
+from sites.cache import prepare_subject, prepare_subjects
 from sites.checks import Scan
 from sites.phantom_cohort import write_cohort
 from sites.preprocess import Prepared, Recipe, prepare
@@ -41,6 +45,8 @@ from sites.volumes import read_volume
 REACH = 3.0
 PEER, AFTER = "MONAI, the same function", "MONAI, normalised after resampling"
 OURS, WHOLE = "ours, the same work", "ours, with checks, digests, cache"
+IN_TURN, TOGETHER = "ours, one subject after the other", "ours, a few at a time"
+SUBJECTS = 8
 FLOOR, ZLIB = "unpacking alone, libdeflate", "unpacking alone, Python's gzip"
 Shape = tuple[int, int, int]
 
@@ -50,10 +56,11 @@ def main() -> None:
     parser.add_argument("--subject", type=Path, help="a folder with one subject's files")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     shape, side = ((80, 80, 52), 48) if chosen.quick else ((240, 240, 155), 128)
     with tempfile.TemporaryDirectory() as folder:
+        site = a_site(Path(folder), shape, side, chosen.repeats)
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         root = chosen.subject or write_cohort(
             Path(folder) / "data", sites=1, subjects_per_site=1, shape=shape
         )
@@ -62,7 +69,26 @@ def main() -> None:
             measured(subject, recipe, Path(folder), chosen.repeats)
             for recipe in (Recipe("resample", (side, side, side)), Recipe("patches", (0, 0, 0)))
         ]
-    write_json(chosen.json, reports)
+    write_json(chosen.json, [*reports, site])
+
+
+def a_site(folder: Path, shape: Shape, side: int, repeats: int) -> dict[str, Any]:
+    data = write_cohort(folder / "site", sites=1, subjects_per_site=SUBJECTS, shape=shape)
+    subjects = discover(data).subjects
+    recipe, cache = Recipe("resample", (side, side, side)), folder / "site-cache"
+    cores = sites.each_subject.available_cores()
+
+    def whole(cores: int) -> None:
+        sites.each_subject.available_cores = lambda: cores
+        assert len(prepare_subjects(subjects, recipe, cache, site="").ready) == SUBJECTS
+
+    timings = interleaved(
+        {IN_TURN: lambda: whole(1), TOGETHER: lambda: whole(cores)},
+        repeats=repeats,
+        before=lambda: shutil.rmtree(cache, ignore_errors=True),
+    )
+    title = f"Preparing a site of {SUBJECTS} subjects, {cores} cores"
+    return report(title, timings, peer=IN_TURN, reach={})
 
 
 def measured(subject: Subject, recipe: Recipe, folder: Path, repeats: int) -> dict[str, Any]:
