@@ -410,12 +410,12 @@ def free_port() -> int:
 
 
 def hospitals(folder: Path, sites: int) -> dict[str, Path]:
-    """A few tiny synthetic subjects for each site."""
+    """Tiny synthetic subjects for each site, as many as a hospital's policy asks for by default."""
     from sites.phantom_cohort import write_cohort
 
     names = [f"site-{number}" for number in range(1, sites + 1)]
     for number, name in enumerate(names, start=1):
-        write_cohort(folder / name, sites=2, subjects_per_site=3, shape=(32, 32, 20), seed=number)
+        write_cohort(folder / name, sites=2, subjects_per_site=9, shape=(32, 32, 20), seed=number)
     return {name: folder / name for name in names}
 
 

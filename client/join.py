@@ -179,6 +179,11 @@ class Membership:
                     f"{d['n_training']} training, {d['n_held_out']} held out, "
                     f"{d['n_left_out']} left out, {d['warnings']} warnings"
                 )
+                held_out = d["n_held_out"], d["held_out_patients"]
+                for remark in refusals.never_given(
+                    self._settings.policy, own.trained_on, *held_out
+                ):
+                    LOG.warning(f"{remark} What may leave: fed-client policy explain")
                 return
 
     # --------------------------------------------------------------------------------- taking part

@@ -130,6 +130,27 @@ def tells_metrics(policy: Policy, n_held_out: int, patients: int) -> bool:
     return bool(policy.metrics) and min(n_held_out, patients) >= policy.min_subjects
 
 
+def never_given(
+    policy: Policy, n_training: int, n_held_out: int, held_out_patients: int
+) -> list[str]:
+    """What too few subjects keep a site from ever giving, whatever it is asked: for its own log, as
+    nobody else can know why.
+
+    Args:
+        n_training: training subjects, of as many patients.
+    """
+    found = []
+    few = f"which policy.min_subjects ({policy.min_subjects}) does not let go by"
+    if policy.send_updates and n_training and not trains(policy, n_training):
+        found.append(
+            f"this site only evaluates: an update would be trained on {n_training}, {few}."
+        )
+    least = min(n_held_out, held_out_patients)
+    if policy.metrics and least and not tells_metrics(policy, n_held_out, held_out_patients):
+        found.append(f"no metric leaves this site: a mean would be over {least}, {few}.")
+    return found
+
+
 def in_a_line(refusals: list[Refusal]) -> str:
     return "; ".join(map(str, refusals))
 

@@ -46,6 +46,7 @@ class Waiting:
     seconds_left: float
     training: int = 0
     resting: dict[str, str] = field(default_factory=dict)
+    only_evaluating: tuple[str, ...] = ()
 
 
 @dataclass
@@ -113,7 +114,8 @@ class Attendance:
             present = tuple(roll.cards)
             absent = {**roll.absent, **roll.absent_evaluators}
             counted = len(roll.training)
-            self.show(Waiting(number, present, absent, needed, left, counted, roll.resting))
+            others = _only_evaluating(roll)
+            self.show(Waiting(number, present, absent, needed, left, counted, roll.resting, others))
             time.sleep(PAUSE_SECONDS)
         self._gathered = True
         self.show(None)
@@ -228,6 +230,11 @@ def _needed(roll: Roll, config: FederationConfig) -> int:
     return max(needed - refused_by_policy(roll.absent.values()), fewest)
 
 
+def _only_evaluating(roll: Roll) -> tuple[str, ...]:
+    """Those here that do not train, and do not say that their budget is spent."""
+    return tuple(s for s, card in roll.cards.items() if not card.trains and not card.resting)
+
+
 def _is_awaited(roll: Roll) -> bool:
     """Is anybody absent who might still come?"""
     absent = [*roll.absent.values(), *roll.absent_evaluators.values()]
@@ -272,6 +279,11 @@ def _who_is_missing(roll: Roll, needed: int, minutes: float) -> str:
     if roll.resting:
         lines += (
             "A site that rests does so for good: lower rounds.min_sites, or enrol another site.\n"
+        )
+    if others := _only_evaluating(roll):
+        lines += (
+            f"Connected, but only evaluating: {', '.join(others)}. A site's own log says so if its "
+            "policy keeps an update trained on so few subjects back.\n"
         )
     measured = "" if roll.evaluating else " No connected site holds out a subject to measure on."
     return (

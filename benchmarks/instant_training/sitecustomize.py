@@ -58,8 +58,8 @@ def tell_when() -> None:
         mark("averaged", 0)
         return evaluate(*args, **options)
 
-    def marking_record(history: Any, record: Any) -> None:
-        record_round(history, record)
+    def marking_record(history: Any, record: Any, *more: Any) -> None:
+        record_round(history, record, *more)
         mark("round", sum(c.trained for c in record.contributions))
 
     rounds._evaluate = marking_evaluate

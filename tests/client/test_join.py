@@ -659,6 +659,23 @@ def test_patients_are_counted_once_the_data_are(stage):
     assert "policy rule `min_subjects`" in reason
 
 
+def test_what_too_few_subjects_keep_from_leaving_is_said_at_the_start(stage, under, caplog):
+    few = {**PREPARED.details, "training_patients": 4, "held_out_patients": 3}
+    stage.workers.preparing = [Event("prepared", few)]
+    assert stage.play(stage.message(), stage.until_answered()) is True
+    text = said(caplog)
+    assert (
+        "this site only evaluates: an update would be trained on 4, which policy.min_subjects (5) "
+        "does not let go by. What may leave: fed-client policy explain" in text
+    )
+    assert "no metric leaves this site: a mean would be over 3, which policy.min_subjects" in text
+    caplog.clear()
+    under(min_subjects=3)
+    stage.workers.preparing = [Event("prepared", few)]
+    assert stage.play(stage.message(), stage.until_answered()) is True
+    assert "min_subjects" not in said(caplog)
+
+
 def test_changed_terms_against_the_policy_are_told_to_be(stage, under, tiny_config):
     under(max_rounds=5)
     other = replace(stage.terms, config=tiny_config("rounds.number=9"))

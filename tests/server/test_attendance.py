@@ -285,7 +285,10 @@ def test_a_number_counts_who_trains(make, history):
     sites, attend = make()
     sites.come("a")
     sites.come("b", "c", trains=False, n_training=0)
-    assert "1 of 2 needed sites" in failed(attend, history)
+    said = failed(attend, history)
+    assert "1 of 2 needed sites" in said
+    assert "Connected, but only evaluating: b, c. A site's own log says" in said
+    assert {w.only_evaluating for w in sites.shown if w is not None} >= {("b", "c")}
 
 
 SPENT = "its privacy budget is spent."
