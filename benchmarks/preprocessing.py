@@ -55,10 +55,10 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--subject", type=Path, help="a folder with one subject's files")
     chosen = parser.parse_args()
-    torch.set_num_threads(1)
     shape, side = ((80, 80, 52), 48) if chosen.quick else ((240, 240, 155), 128)
     with tempfile.TemporaryDirectory() as folder:
         site = a_site(Path(folder), shape, side, chosen.repeats)
+        torch.set_num_threads(1)
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         root = chosen.subject or write_cohort(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from common.config import Training
-from common.cores import available_cores
+from common.machine import available_cores
 
 GIGABYTE = 10**9
 
@@ -22,15 +22,6 @@ def limit_gpu_memory(gigabytes: float | None) -> None:
     if gigabytes is not None and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * GIGABYTE / total), 0)
-
-
-def is_full_memory(error: BaseException) -> bool:
-    """Did torch or numpy find too little memory? On a CPU, and for CUDA's libraries, torch says so by
-    its text only."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    texts = ("DefaultCPUAllocator", "ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def use_threads(training: Training) -> None:

@@ -69,8 +69,8 @@ def held(subject: CachedSubject, device: torch.device) -> Volume:
             if device not in _full:
                 _full.add(device)
                 LOG.info(
-                    f"the GPU's memory has room for {len(_held)} prepared subjects beside the training; "
-                    "the others are read from disk each time, a little slower."
+                    "not all prepared subjects fit into the GPU's memory beside the training: some are read "
+                    "from disk each time, which is a little slower."
                 )
             return Volume(image, labels)
         _room[device] -= size

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from client.device import best_device, is_full_memory, use_threads
+from client.device import best_device, use_threads
 from client.evaluation import class_scores
 from client.familiarity import (
     Features,
@@ -30,6 +30,7 @@ from client.postprocessing import RECOMMENDED, PostProcessing, postprocess
 from common.brats import BACKGROUND, N_CLASSES, STRUCTURES
 from common.config import FederationConfig
 from common.files import write_together
+from common.full_memory import is_full_memory
 from common.metrics import REGIONS
 from common.model import network_for
 from common.weights import BadWeights, check_update, load_weights

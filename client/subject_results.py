@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from client.device import is_full_memory
 from client.evaluation import measured, predict
 from client.postprocessing import NONE, in_words
 from client.prediction import Model, Options, segment_image
 from common.brats import BACKGROUND, STRUCTURES
 from common.evaluation_document import EvaluationError
 from common.evaluation_summary import SubjectResult
+from common.full_memory import is_full_memory
 from common.lesions import lesion_scores
 from common.metrics import REGIONS
 from sites.cache import CachedSubject

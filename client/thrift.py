@@ -27,8 +27,8 @@ from monai.networks.nets.basic_unet import TwoConv
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from client.device import is_full_memory
 from client.held_volumes import give_back
+from common.full_memory import is_full_memory
 
 LOG = logging.getLogger("fedbrats")
 Result = TypeVar("Result")

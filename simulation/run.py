@@ -15,9 +15,9 @@ from client.device import best_device
 from client.privacy import NotProtectable, require_protectable
 from common.config import FederationConfig
 from common.config_file import ConfigError, anchored, dump_config, load_config
-from common.cores import available_cores
 from common.csv_cells import csv_text
 from common.files import locked, write_text_atomically
+from common.machine import available_cores
 from common.masking import FEWEST_SITES
 from common.model import network_for
 from common.precision import autocast_dtype

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from common.files import sync_folder
+from common.full_memory import is_full_memory
 from common.weights import file_sha256
 from sites.checks import examine, same_patient_twice
 from sites.each_subject import each_subject
@@ -183,7 +184,9 @@ def _one(
         return None, found
     try:
         prepared = prepare(scan, recipe)
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_full_memory(error):
+            raise
         what = f"there is not enough memory to prepare it ({error or 'out of memory'})"
         remedy = "Correct the voxel size in the headers if it is wrong; otherwise free memory."
         return None, [*found, Finding(site, subject.id, "", "error", "no-memory", what, remedy)]
@@ -267,8 +270,9 @@ def _open_hashes(folder: Path) -> sqlite3.Connection:
 
 
 def _write(entry: Path, prepared: Prepared, about: dict[str, Any]) -> None:
-    # its last word but one is the process (`_remove_leftovers`)
-    temporary = entry.with_name(f".{entry.name}.{threading.get_ident()}.{os.getpid()}.tmp")
+    # a short name, whatever the subject's; its last word but one is the process (`_remove_leftovers`)
+    who = f"{threading.get_ident()}.{os.getpid()}"
+    temporary = entry.with_name(f".{entry.name[-20:]}.{who}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
@@ -329,7 +333,7 @@ def _remove_leftovers(folder: Path) -> None:
         owner = leftover.name.split(".")[-2]
         try:
             os.kill(int(owner), 0)
-        except (ValueError, ProcessLookupError):
+        except (ValueError, OverflowError, ProcessLookupError):
             shutil.rmtree(leftover, ignore_errors=True)
         except PermissionError:
             pass  # alive, another user's

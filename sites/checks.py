@@ -61,13 +61,30 @@ def examine(
     """Read every file of the subject that `modalities` asks for, and the segmentation if any.
 
     `coding` is `auto` or a key of `common.brats.CODINGS`. The scan is None exactly if a finding is
-    an error. Never raises for bad data; raises ValueError for an unknown coding or no modality.
+    an error. Never raises for bad data or want of memory; raises ValueError for an unknown coding or no
+    modality.
     """
     if coding != "auto" and coding not in CODINGS:
         raise ValueError(f"unknown label coding {coding!r}: one of auto, {', '.join(CODINGS)}")
     if not modalities:
         raise ValueError("no modality asked for")
-    findings: list[Finding] = []
+    found: list[Finding] = []
+    try:
+        return _scan(subject, modalities, coding, require_labels, site, found), found
+    except MemoryError:
+        what, remedy = "there is not enough free memory to check it", "Free memory."
+        return None, [*found, Finding(site, subject.id, "", "error", "no-memory", what, remedy)]
+
+
+def _scan(
+    subject: Subject,
+    modalities: Sequence[str],
+    coding: str,
+    require_labels: bool,
+    site: str,
+    findings: list[Finding],
+) -> Scan | None:
+    """As `examine`, adding to `findings`."""
 
     def report(file: str, severity: Severity, code: str, what: str, remedy: str) -> None:
         findings.append(Finding(site, subject.id, file, severity, code, what, remedy))
@@ -100,11 +117,11 @@ def examine(
             check_tumour(labels, brain, file, report)
 
     if any(f.severity == "error" for f in findings):
-        return None, findings
+        return None
     first = volumes[modalities[0]]
     x, y, z = (float(edge) for edge in voxel_sizes(first.affine))
     digests = {modality: _digest(voxels) for modality, voxels in images.items()}
-    scan = Scan(
+    return Scan(
         subject=subject,
         images=images,
         labels=labels,
@@ -115,7 +132,6 @@ def examine(
         digest=digests[modalities[0]],
         fingerprints=tuple(sorted(set(digests.values()))),
     )
-    return scan, findings
 
 
 def same_patient_twice(members: Iterable[tuple[str, str, str]]) -> list[Finding]:

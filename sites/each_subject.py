@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from common.cores import available_cores
+from common.machine import available_cores, available_memory
 from common.progress import track
 from sites.finding import Finding
 from sites.subject import Subject
 
-AT_ONCE = 4  # each has all its scans in memory: 0.2 GB of BraTS
+AT_ONCE = 4
+LARGEST = 3 * 2**30  # bytes that a subject of the largest scans takes; one of BraTS takes 0.2 GB
 Made = TypeVar("Made")
 Answer = tuple[Made, list[Finding]]
 
@@ -21,10 +22,11 @@ def each_subject(
 ) -> list[Answer[Made]]:
     """What `work` makes of each subject, in their order, with progress named `what`.
 
-    `work` is called by as many threads as there are cores, at most AT_ONCE. A subject for which there
-    was too little memory is tried again when it is alone. If `work` raises, what has not begun is dropped.
+    `work` is called by as many threads as there are cores and memory for, at most AT_ONCE. A subject for
+    which it found too little memory is tried again when it is alone. If `work` raises, what has not begun
+    is dropped.
     """
-    threads = ThreadPoolExecutor(min(AT_ONCE, available_cores()), thread_name_prefix="subjects")
+    threads = ThreadPoolExecutor(_at_once(), thread_name_prefix="subjects")
     try:
         made = list(track(threads.map(work, subjects), what, len(subjects), "subjects"))
     finally:
@@ -33,3 +35,9 @@ def each_subject(
         if any(finding.code == "no-memory" for finding in findings):
             made[number] = work(subjects[number])
     return made
+
+
+def _at_once() -> int:
+    memory = available_memory()
+    fit = AT_ONCE if memory is None else max(1, memory // LARGEST)
+    return min(AT_ONCE, available_cores(), fit)

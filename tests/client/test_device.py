@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from client.device import is_full_memory, limit_gpu_memory
+from client.device import limit_gpu_memory
+from common.full_memory import is_full_memory
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def test_without_room_volumes_are_read_from_disk_and_the_log_says_so_once(
         np.testing.assert_array_equal(volume.labels, subject.labels())
     assert log == [
         (
-            "the GPU's memory has room for 0 prepared subjects beside the training; "
-            "the others are read from disk each time, a little slower."
+            "not all prepared subjects fit into the GPU's memory beside the training: some are read "
+            "from disk each time, which is a little slower."
         )
     ]

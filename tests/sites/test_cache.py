@@ -10,8 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -330,17 +330,16 @@ def test_a_killed_preparation_continues_where_it_was(cohort_data: Path, tmp_path
     )
     arguments = [sys.executable, "-c", program, str(cohort_data), str(folder)]
     process = subprocess.Popen(arguments)
-    while len(list(folder.glob("[!.]*/about.json"))) < 3:
+    while len(list(folder.glob("[!.]*/about.json"))) < 3 or not list(folder.glob(".*.tmp")):
         assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    leftover = folder / f".BraTS20_Training_001-0.{process.pid}.tmp"  # the kill may have left none
-    leftover.mkdir(exist_ok=True)
+    # the kill may have come when one was done and the next not begun
+    leftover = folder / f".{'0' * 20}.140737353807680.{process.pid}.tmp"
+    leftover.mkdir()
     (leftover / "image.npy").write_bytes(b"half")
 
     finished = written(folder)
-    finished.pop(leftover.name, None)
     entries = [name for name in finished if not name.startswith(".")]
     for name in entries:
         load_entry(folder / name)  # whole
@@ -387,6 +386,26 @@ def test_another_process_may_finish_an_entry_in_the_very_last_moment(
     result = run(data, tmp_path / "cache")
     assert len(result.ready) == 3
     assert not list((tmp_path / "cache").glob(".*"))
+
+
+def test_what_is_being_written_is_left_alone_by_another_run(
+    data: Path, tmp_path: Path, monkeypatch
+):
+    save = np.save
+
+    def saving(path: Path, *more: object, **options: object) -> None:
+        cache._remove_leftovers(path.parent.parent)  # as every run does when it begins
+        save(path, *more, **options)
+
+    monkeypatch.setattr(np, "save", saving)
+    assert len(run(data, tmp_path / "cache").ready) == 3
+
+
+def test_a_subject_with_a_long_name_is_prepared(data: Path, tmp_path: Path):
+    [subject, *_] = discover(data).subjects
+    long = replace(subject, id="x" * 220)
+    result = prepare_subjects([long], GRID, tmp_path / "cache", site="s")
+    assert [entry.id for entry in result.ready] == [long.id]
 
 
 def test_a_live_processs_unfinished_work_is_left_alone(data: Path, tmp_path: Path):

@@ -610,3 +610,13 @@ def test_real_scans_are_usable():
     (scan,), (finding,) = inspect(folder, require_labels=False)
     assert finding.code == "unusual-orientation"  # this one is RAS indeed
     assert scan.images["t1"].shape == (240, 240, 155)
+
+
+def test_want_of_memory_is_a_finding_of_the_subject(cohort_data, monkeypatch):
+    def too_much(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("sites.checks._check_images", too_much)
+    scan, findings = examine(discover(cohort_data).subjects[0], modalities=MODALITIES, site="s")
+    assert scan is None
+    assert [(f.site, f.severity, f.code) for f in findings] == [("s", "error", "no-memory")]

@@ -22,6 +22,7 @@ NO_MEMORY = Finding("", "S3", "", "error", "no-memory", "there is not enough mem
 @pytest.fixture(autouse=True)
 def many_cores(monkeypatch):
     monkeypatch.setattr(module, "available_cores", lambda: 16)
+    monkeypatch.setattr(module, "available_memory", lambda: 2**40)
 
 
 def test_a_few_work_at_a_time_and_no_more_and_the_order_stays():
@@ -35,6 +36,7 @@ def test_a_few_work_at_a_time_and_no_more_and_the_order_stays():
             working += 1
             most = max(most, working)
         all_here.wait(timeout=20)  # breaks if they came one by one
+        time.sleep(0.05)  # for one too many to be seen
         with lock:
             working -= 1
         return subject.id, []
@@ -42,6 +44,27 @@ def test_a_few_work_at_a_time_and_no_more_and_the_order_stays():
     made = each_subject(work, SUBJECTS, "testing")
     assert [name for name, _ in made] == [subject.id for subject in SUBJECTS]
     assert most == AT_ONCE
+
+
+@pytest.mark.parametrize(
+    ("cores", "gigabytes", "threads"),
+    [(16, None, 4), (2, 64, 2), (16, 7, 2), (16, 1, 1), (16, 64, 4)],
+)
+def test_there_are_as_many_as_there_are_cores_and_memory_for(
+    monkeypatch, cores, gigabytes, threads
+):
+    memory = None if gigabytes is None else gigabytes * 2**30
+    monkeypatch.setattr(module, "available_cores", lambda: cores)
+    monkeypatch.setattr(module, "available_memory", lambda: memory)
+    names: set[str] = set()
+
+    def work(subject: Subject) -> tuple[None, list[Finding]]:
+        names.add(threading.current_thread().name)
+        time.sleep(0.02)
+        return None, []
+
+    each_subject(work, SUBJECTS, "testing")
+    assert len(names) == threads
 
 
 def test_one_for_which_there_was_too_little_memory_is_tried_again_alone():
