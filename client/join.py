@@ -180,10 +180,14 @@ class Membership:
                     f"{d['n_left_out']} left out, {d['warnings']} warnings"
                 )
                 held_out = d["n_held_out"], d["held_out_patients"]
-                for remark in refusals.never_given(
-                    self._settings.policy, own.trained_on, *held_out
-                ):
-                    LOG.warning(f"{remark} What may leave: fed-client policy explain")
+                kept = refusals.never_given(self._settings.policy, own.trained_on, *held_out)
+                for remark in kept:
+                    LOG.warning(remark)
+                if kept:
+                    LOG.warning(
+                        "More subjects change that, or another min_subjects in site.yaml and joining "
+                        f"again. What may leave: fed-client policy explain {self._folder.path}"
+                    )
                 return
 
     # --------------------------------------------------------------------------------- taking part

@@ -14,7 +14,7 @@ from flwr.app import MessageType
 
 from client.policy import ANY, Policy, may_train_at
 from common.code_hash import code_hash
-from common.console import plain
+from common.console import many, plain
 from common.invitation import Invitation
 from common.secure_messages import STAGES
 from common.terms import Terms
@@ -140,14 +140,19 @@ def never_given(
         n_training: training subjects, of as many patients.
     """
     found = []
-    few = f"which policy.min_subjects ({policy.min_subjects}) does not let go by"
+    least, fewest = min(n_held_out, held_out_patients), policy.min_subjects
     if policy.send_updates and n_training and not trains(policy, n_training):
         found.append(
-            f"this site only evaluates: an update would be trained on {n_training}, {few}."
+            f"this site does not train: it has {many(n_training, 'training subject')}, and its "
+            f"policy.min_subjects lets no update leave that was trained on fewer than {fewest}."
         )
-    least = min(n_held_out, held_out_patients)
     if policy.metrics and least and not tells_metrics(policy, n_held_out, held_out_patients):
-        found.append(f"no metric leaves this site: a mean would be over {least}, {few}.")
+        found.append(
+            f"this site tells no metric: it holds out {many(least, 'subject')}, and its "
+            f"policy.min_subjects lets no mean leave that is over fewer than {fewest}."
+        )
+    if found and not least:
+        found.append("this site measures nothing either: no subject is held out.")
     return found
 
 

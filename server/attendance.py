@@ -46,7 +46,7 @@ class Waiting:
     seconds_left: float
     training: int = 0
     resting: dict[str, str] = field(default_factory=dict)
-    only_evaluating: tuple[str, ...] = ()
+    not_training: tuple[str, ...] = ()
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Attendance:
             present = tuple(roll.cards)
             absent = {**roll.absent, **roll.absent_evaluators}
             counted = len(roll.training)
-            others = _only_evaluating(roll)
+            others = _not_training(roll)
             self.show(Waiting(number, present, absent, needed, left, counted, roll.resting, others))
             time.sleep(PAUSE_SECONDS)
         self._gathered = True
@@ -230,7 +230,7 @@ def _needed(roll: Roll, config: FederationConfig) -> int:
     return max(needed - refused_by_policy(roll.absent.values()), fewest)
 
 
-def _only_evaluating(roll: Roll) -> tuple[str, ...]:
+def _not_training(roll: Roll) -> tuple[str, ...]:
     """Those here that do not train, and do not say that their budget is spent."""
     return tuple(s for s, card in roll.cards.items() if not card.trains and not card.resting)
 
@@ -280,10 +280,11 @@ def _who_is_missing(roll: Roll, needed: int, minutes: float) -> str:
         lines += (
             "A site that rests does so for good: lower rounds.min_sites, or enrol another site.\n"
         )
-    if others := _only_evaluating(roll):
+    if others := _not_training(roll):
         lines += (
-            f"Connected, but only evaluating: {', '.join(others)}. A site's own log says so if its "
-            "policy keeps an update trained on so few subjects back.\n"
+            f"Connected, but not training: {', '.join(others)}. A site without training subjects does "
+            "not, nor one with fewer than its own policy.min_subjects, 5 if it has not changed it; what "
+            "`fed-client join` said there when it began tells which.\n"
         )
     measured = "" if roll.evaluating else " No connected site holds out a subject to measure on."
     return (

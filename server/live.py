@@ -191,8 +191,9 @@ def _wait_text(waiting: Waiting) -> str:
     names = ", ".join(waiting.absent) or f"sites that {lacking}"
     minutes, seconds = divmod(int(waiting.seconds_left), 60)
     rests = "".join(f"; {site} rests: {why}" for site, why in waiting.resting.items())
-    if waiting.training < waiting.needed and waiting.only_evaluating:
-        rests += f"; only evaluating: {', '.join(waiting.only_evaluating)}"
+    if waiting.training < waiting.needed and waiting.not_training:
+        others = ", ".join(waiting.not_training)
+        rests += f"; {others} here, with too few subjects to train by their own policy"
     return (
         f"round {waiting.round}: {waiting.training} sites that train are here, {waiting.needed} needed; "
         f"waiting for {names} ({minutes}:{seconds:02d} left){rests}"

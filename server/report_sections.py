@@ -32,7 +32,7 @@ from server.report_figures import (
     participation,
     times_and_bytes,
 )
-from server.tables import average, number, spans
+from server.tables import NOTHING_TO_DO, average, number, spans
 
 PACKAGES = ("fedbrats", "torch", "monai", "flwr", "numpy", "opacus")
 NO_BUDGET = (
@@ -133,6 +133,7 @@ def who_took_part(recorded: Recorded) -> Section:
     choices += [
         f"{site} releases its metrics with noise, by its own choice." for site in judged.noised
     ]
+    choices += [f"{site} {NOTHING_TO_DO}" for site in judged.idle]
     chosen = [f"round {r.round}: {r.chosen}" for r in records if r.chosen]
     if chosen:
         choices.append(f"The site whose update became the model: {', '.join(chosen)}.")

@@ -98,6 +98,7 @@ def _verdict(judged: Verdict, names: dict[str, str], said: Callable[[str, str], 
         stopped=absences(judged.stopped),
         withheld=tuple(map(name, judged.withheld)),
         noised=tuple(map(name, judged.noised)),
+        idle=tuple(map(name, judged.idle)),
     )
 
 

@@ -16,6 +16,10 @@ from common.message_words import NOISED, WITHHELD
 from common.metrics import REGIONS, SiteMetrics, mean_dice
 from server.history import History, RoundRecord
 
+NOTHING_TO_DO = (
+    "took no part: too few subjects to train on for its own policy, or none, and none to measure."
+)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -35,6 +39,7 @@ class Verdict:
     withheld: tuple[str, ...] = ()
     noised: tuple[str, ...] = ()
     ended: str = ""  # why before the last agreed round
+    idle: tuple[str, ...] = ()  # they had nothing to train on or to measure
 
     @property
     def everyone(self) -> bool:
@@ -51,6 +56,7 @@ class Verdict:
             lines.append(f"  {site} contributed to {share}.")
         lines += [f"  {site} withholds its metrics." for site in self.withheld]
         lines += [f"  {site} releases its metrics with noise." for site in self.noised]
+        lines += [f"  {site} {NOTHING_TO_DO}" for site in self.idle]
         lines += [f"  Round {n}: without {site}: {why}" for n, site, why in self.absent]
         lines += [f"  Round {n} failed: {site}: {why}" for n, site, why in self.stopped]
         return lines
@@ -67,6 +73,13 @@ def verdict(history: History) -> Verdict:
         )
         for site in sorted(training)
     }
+    idle = tuple(
+        sorted(
+            card.site
+            for card in history.sites()
+            if card.site not in training and not card.n_held_out and not card.resting
+        )
+    )
     absent = []
     for r in records:
         absent += [(r.round, c.site, c.reason) for c in r.contributions if not c.trained]
@@ -91,6 +104,7 @@ def verdict(history: History) -> Verdict:
         withheld,
         noised,
         _ended(history, len(records)),
+        idle if records else (),
     )
 
 

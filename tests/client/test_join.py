@@ -665,10 +665,11 @@ def test_what_too_few_subjects_keep_from_leaving_is_said_at_the_start(stage, und
     assert stage.play(stage.message(), stage.until_answered()) is True
     text = said(caplog)
     assert (
-        "this site only evaluates: an update would be trained on 4, which policy.min_subjects (5) "
-        "does not let go by. What may leave: fed-client policy explain" in text
+        "this site does not train: it has 4 training subjects, and its policy.min_subjects lets no "
+        "update leave that was trained on fewer than 5." in text
     )
-    assert "no metric leaves this site: a mean would be over 3, which policy.min_subjects" in text
+    assert "this site tells no metric: it holds out 3 subjects, and its policy.min_subjects" in text
+    assert f"joining again. What may leave: fed-client policy explain {stage.folder.path}" in text
     caplog.clear()
     under(min_subjects=3)
     stage.workers.preparing = [Event("prepared", few)]

@@ -135,7 +135,7 @@ def test_the_wait_is_in_the_document_and_in_the_table(board):
         "seconds_left": 125.9,
         "training": 1,
         "resting": {},
-        "only_evaluating": [],
+        "not_training": [],
     }
     assert document["sites"]["b"]["absent"] == "it has never connected."
     text = printed(board.table(document))
@@ -145,9 +145,9 @@ def test_the_wait_is_in_the_document_and_in_the_table(board):
     document = board.document()
     assert (document["state"], document["waiting"]) == ("training", None)
     assert "waiting" not in printed(board.table(document))
-    board.waiting(replace(WAITING, absent={}, only_evaluating=("c", "d")))
+    board.waiting(replace(WAITING, absent={}, not_training=("c", "d")))
     said = printed(board.table(board.document()))
-    assert "waiting for sites that train (2:05 left); only evaluating: c, d" in said
+    assert "sites that train (2:05 left); c, d here, with too few subjects to train by" in said
 
 
 def test_the_table_has_every_number(board):

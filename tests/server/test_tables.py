@@ -127,6 +127,17 @@ def test_verdict_of_a_run_that_stopped_says_where_and_why(tmp_path):
     assert lines[-1] == "  Round 2 failed: b: the disk is full"
 
 
+def test_a_site_with_nothing_to_train_on_or_to_measure_is_named(tmp_path):
+    with history_of(tmp_path, [a_round(1, "ab")]) as history:
+        cards = {card.site: card for card in history.sites()}
+        cards["c"] = replace(cards["c"], trains=False, n_training=0, n_held_out=0)
+        history.record_sites(list(cards.values()))
+        judged = verdict(history)
+    assert judged.idle == ("c",)
+    assert list(judged.contributed) == ["a", "b"]
+    assert any(line.startswith("  c took no part: too few subjects") for line in judged.lines())
+
+
 def test_nobody_contributed_to_every_one_of_no_rounds(tmp_path):
     with history_of(tmp_path, []) as history:
         judged = verdict(history)
