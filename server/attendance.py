@@ -282,9 +282,10 @@ def _who_is_missing(roll: Roll, needed: int, minutes: float) -> str:
         )
     if others := _not_training(roll):
         lines += (
-            f"Connected, but not training: {', '.join(others)}. A site without training subjects does "
-            "not, nor one with fewer than its own policy.min_subjects, 5 if it has not changed it; what "
-            "`fed-client join` said there when it began tells which.\n"
+            f"Connected, but not training: {', '.join(others)}. A site does not train where it has no "
+            "training subjects, or fewer than its own policy.min_subjects (5, if it has not changed "
+            "that), or where its policy sends no updates; what `fed-client join` said when it began, or "
+            "`fed-client policy explain`, tells which.\n"
         )
     measured = "" if roll.evaluating else " No connected site holds out a subject to measure on."
     return (

@@ -193,7 +193,7 @@ def _wait_text(waiting: Waiting) -> str:
     rests = "".join(f"; {site} rests: {why}" for site, why in waiting.resting.items())
     if waiting.training < waiting.needed and waiting.not_training:
         others = ", ".join(waiting.not_training)
-        rests += f"; {others} here, with too few subjects to train by their own policy"
+        rests += f"; here, but not training (too few subjects, or its own policy): {others}"
     return (
         f"round {waiting.round}: {waiting.training} sites that train are here, {waiting.needed} needed; "
         f"waiting for {names} ({minutes}:{seconds:02d} left){rests}"

@@ -17,7 +17,7 @@ from common.metrics import REGIONS, SiteMetrics, mean_dice
 from server.history import History, RoundRecord
 
 NOTHING_TO_DO = (
-    "took no part: too few subjects to train on for its own policy, or none, and none to measure."
+    "took no part: nothing to train on (or its own policy forbids it), and nothing to measure."
 )
 
 

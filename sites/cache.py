@@ -218,10 +218,8 @@ def _key(subject: Subject, recipe: Recipe, hashes: sqlite3.Connection) -> str:
         for role, paths in files.items()
     }
     if settled:
-        with (
-            _ONE_ASKS,
-            hashes,
-        ):  # one commit, thus one wait for the disk, for all files of a subject
+        # one commit, thus one wait for the disk, for all files of a subject
+        with _ONE_ASKS, hashes:
             hashes.executemany("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?)", settled)
     text = json.dumps({"id": subject.id, "files": parts, "recipe": asdict(recipe)}, sort_keys=True)
     return f"{subject.id}-{hashlib.sha256(text.encode()).hexdigest()[:20]}"

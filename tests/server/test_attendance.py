@@ -287,7 +287,9 @@ def test_a_number_counts_who_trains(make, history):
     sites.come("b", "c", trains=False, n_training=0)
     said = failed(attend, history)
     assert "1 of 2 needed sites" in said
-    assert "Connected, but not training: b, c. A site without training subjects does not" in said
+    assert (
+        "Connected, but not training: b, c. A site does not train where it has no training" in said
+    )
     assert {w.not_training for w in sites.shown if w is not None} >= {("b", "c")}
 
 

@@ -147,7 +147,7 @@ def test_the_wait_is_in_the_document_and_in_the_table(board):
     assert "waiting" not in printed(board.table(document))
     board.waiting(replace(WAITING, absent={}, not_training=("c", "d")))
     said = printed(board.table(board.document()))
-    assert "sites that train (2:05 left); c, d here, with too few subjects to train by" in said
+    assert "sites that train (2:05 left); here, but not training (too few subjects, or" in said
 
 
 def test_the_table_has_every_number(board):

@@ -135,7 +135,7 @@ def test_a_site_with_nothing_to_train_on_or_to_measure_is_named(tmp_path):
         judged = verdict(history)
     assert judged.idle == ("c",)
     assert list(judged.contributed) == ["a", "b"]
-    assert any(line.startswith("  c took no part: too few subjects") for line in judged.lines())
+    assert any(line.startswith("  c took no part: nothing to train on") for line in judged.lines())
 
 
 def test_nobody_contributed_to_every_one_of_no_rounds(tmp_path):
