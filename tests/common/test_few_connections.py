@@ -112,7 +112,8 @@ def test_among_hundreds_of_idle_connections_a_request_is_answered_and_few_files_
     with served(seconds=60) as server:
         before = files()
         with idle(server.port, 300):
-            assert asks(server.port).endswith(b"hello")
+            # in the midst of the crowd it can be refused: those that gave way are not closed yet
+            eventually(lambda: asks(server.port).endswith(b"hello"), "an answer")
             ours = files() - before - 300  # both ends are in this process
             assert ours <= MOST + SPARE
             eventually(lambda: files() - before - 300 <= MOST, "what is in excess to be closed")
