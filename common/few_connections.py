@@ -12,10 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 import weakref
 from typing import Any
 
 SPARE = 16  # connections that are being closed, and still hold their file for a moment
+LEAVING = 1.0  # seconds in which one that was told to go should have gone
 
 
 class Accepted(socket.socket):
@@ -23,13 +25,14 @@ class Accepted(socket.socket):
 
     peer: tuple[str, int] = ("", 0)
     kept = dropped = False
+    dropped_at = 0.0
     late: asyncio.TimerHandle | None = None
 
     def drop(self) -> None:
         """Make whoever reads from it find its end: the file itself is asyncio's to close."""
         if self.kept or self.dropped or self.fileno() < 0:
             return
-        self.dropped = True
+        self.dropped, self.dropped_at = True, time.monotonic()
         with contextlib.suppress(OSError):  # the other side has gone
             self.shutdown(socket.SHUT_RDWR)
 
@@ -64,13 +67,17 @@ class FewConnections(socket.socket):
         """The next connection, in an event loop.
 
         Raises:
-            BlockingIOError: there is none.
+            BlockingIOError: there is none, or it waits until those that gave way are closed.
             ConnectionAbortedError: it was closed, as there is no place for it.
         """
+        open_ = [one for one in self._accepted if one.fileno() >= 0]
+        no_file = len(open_) >= self._most + SPARE
+        since = time.monotonic() - LEAVING
+        if no_file and any(one.dropped and one.dropped_at > since for one in open_):
+            raise BlockingIOError  # it stays in the system's queue, and costs no file here
         plain, address = super().accept()
         new = Accepted(plain.family, plain.type, plain.proto, fileno=plain.detach())
         new.peer = (str(address[0]), int(address[1]))
-        open_ = [one for one in self._accepted if one.fileno() >= 0]
         here = [one for one in open_ if not one.dropped]
         same = [one for one in here if one.peer[0] == new.peer[0]]
         crowd = same if len(same) >= self._most_per_address else here
@@ -80,7 +87,7 @@ class FewConnections(socket.socket):
             key=lambda one: one.late.when() if one.late else 0.0,
             default=None,
         )
-        if (full and oldest is None) or len(open_) >= self._most + SPARE:
+        if (full and oldest is None) or no_file:
             new.close()
             raise ConnectionAbortedError
         if full and oldest is not None:

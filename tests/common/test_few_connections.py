@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import pytest
 import uvicorn
 
-from common.few_connections import SPARE, FewConnections
+from common.few_connections import SPARE, Accepted, FewConnections
 from tests.browser import eventually
 
 MOST = 20
@@ -112,11 +112,22 @@ def test_among_hundreds_of_idle_connections_a_request_is_answered_and_few_files_
     with served(seconds=60) as server:
         before = files()
         with idle(server.port, 300):
-            # in the midst of the crowd it can be refused: those that gave way are not closed yet
-            eventually(lambda: asks(server.port).endswith(b"hello"), "an answer")
+            assert asks(server.port).endswith(b"hello")
             ours = files() - before - 300  # both ends are in this process
             assert ours <= MOST + SPARE
             eventually(lambda: files() - before - 300 <= MOST, "what is in excess to be closed")
+
+
+def test_where_those_that_gave_way_do_not_go_a_newcomer_is_refused(monkeypatch):
+    def only_marked(one: Accepted) -> None:
+        if not one.dropped:
+            one.dropped, one.dropped_at = True, time.monotonic()
+
+    monkeypatch.setattr(Accepted, "drop", only_marked)
+    with served(seconds=60) as server, idle(server.port, MOST + SPARE):
+        begin = time.monotonic()
+        assert asks(server.port) == b""
+        assert time.monotonic() - begin < 4, "refused, not left in the queue"
 
 
 def test_a_kept_connection_outlives_a_crowd_and_the_time_that_others_have():
