@@ -13,7 +13,7 @@ MONAI also runs with the normalisation after the resampling, as many recipes hav
 another function of the voxels. What unpacking the files alone takes is the floor; beside it, the same by
 Python's gzip.
 
-At last a site of 8 phantoms, whole, with all cores: `prepare_subjects` as it is, and one subject after
+First, a site of 8 phantoms, whole, with all cores: `prepare_subjects` as it is, and one subject after
 the other.
 """
 
